@@ -386,9 +386,9 @@ def import_tensorflow() -> Any:
 
 
 def build_cnn(arguments: argparse.Namespace, truth: np.ndarray) -> Any:
-    """MobileNet (Howard et al., 2017, arXiv:1704.04861), compiled: uint8 (n, size, size, 1) to (n, 15) probabilities.
-
     """MobileNet (Howard et al., 2017, arXiv:1704.04861), compiled: uint8 (n, size, size, 1) to probabilities (n, 15).
+
+    The output bias starts at the log-odds of the labels `truth` (n, 15). Raises UserError for --weights not to be had.
     """
     import keras
 
