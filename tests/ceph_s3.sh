@@ -108,7 +108,7 @@ trap 'exit 1' INT TERM HUP
 # is refused ('wrong fsid', EPERM). --no-mon-config makes that rare, and what can still meet it is tried again.
 # In the background, so that `failed` finds it among the jobs.
 quiet() { timeout 60 "$@" --no-mon-config -c "$D/ceph.conf" </dev/null >>log/setup.out 2>&1 & wait $!; }
-again() { for ((try = 0; try < 100; try++)); do ! "$@" || return 0; sleep 0.3; done; return 1; }
+again() { until "$@"; do ((SECONDS < 120)) || return 1; sleep 0.3; done; }
 
 # In the foreground (-f), so that the pid is known at once; in a session of its own, so that a Ctrl-C meant for
 # the tests does not reach it; with its own output, so that a caller who reads ours to the end is not kept waiting.
