@@ -439,7 +439,7 @@ def fast_batch_normalization(norm: Any, x: Any, training: Optional[bool] = None,
     return result.y
 
 
-def build_cnn(arguments: argparse.Namespace, truth: np.ndarray) -> Any:
+def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = False) -> Any:
     """MobileNet (Howard et al., 2017, arXiv:1704.04861), compiled: uint8 (n, size, size, 1) to probabilities (n, 15).
 
     The output bias starts at the log-odds of the labels `truth` (n, 15). Raises UserError for --weights not to be had.
@@ -471,7 +471,8 @@ def build_cnn(arguments: argparse.Namespace, truth: np.ndarray) -> Any:
     model = keras.Model(inputs, findings(x), name="xray")
     prevalence = (truth.sum(axis=0) + 1) / (len(truth) + 2)
     findings.bias.assign(np.log(prevalence / (1 - prevalence)))
-    model.compile(optimizer=keras.optimizers.Adam(arguments.learning_rate), loss="binary_crossentropy")
+    # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10 times slower there.
+    model.compile(keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=xla)
     return model
 
 
@@ -762,27 +763,31 @@ def batches(pixels: np.ndarray, truth: np.ndarray, rows: np.ndarray, batch_size:
     data = data.apply(tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))).prefetch(2)
     options = tf.data.Options()
     options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # one machine
     return data.with_options(options)
 
 
-def training_steps(model: Any, pixels: np.ndarray, table: pd.DataFrame, arguments: argparse.Namespace) -> tuple:
-    """`fit_epoch` and `predict` for train_epochs and evaluate."""
+def training_steps(
+    model: Any, pixels: np.ndarray, table: pd.DataFrame, arguments: argparse.Namespace, replicas: int = 1
+) -> tuple:
+    """`fit_epoch` and `predict` for train_epochs and evaluate, with --batch-size images a replica and step."""
     import keras
 
     truth = table[LABELS].to_numpy(np.float32)
     rows = {split: np.flatnonzero(table["split"] == split) for split in SPLITS}
+    batch_size = arguments.batch_size * replicas
 
     def fit_epoch(epoch: int) -> float:
         # Order and dropout follow from seed and epoch alone: a resumed run draws what an unbroken one draws.
         order = np.random.default_rng([arguments.seed, epoch]).permutation(rows["train"])
         model.get_layer("dropout").seed_generator.state.assign([arguments.seed, epoch])
-        data = batches(pixels, truth, order, arguments.batch_size)
+        data = batches(pixels, truth, order, batch_size)
         one_epoch = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: setattr(model, "stop_training", True))
         shown = {"epochs": arguments.epochs, "initial_epoch": epoch - 1, "verbose": 1 if sys.stdout.isatty() else 2}
         return model.fit(data, callbacks=[one_epoch], shuffle=False, **shown).history["loss"][0]
 
     def predict(split: str) -> np.ndarray:
-        return model.predict(batches(pixels, truth, rows[split], arguments.batch_size), verbose=0)
+        return model.predict(batches(pixels, truth, rows[split], batch_size), verbose=0)
 
     return fit_epoch, predict
 
