@@ -829,16 +829,14 @@ def driver_version() -> Optional[str]:
 
 
 def set_up_gpus(precision: str) -> tuple[Any, dict]:
-    """The strategy (None for one GPU) and the result's `target`. Raises UserError where no GPU can be used."""
+    """The strategy (for one GPU the default) and the result's `target`. Raises UserError where no GPU can be used."""
     tf = import_tensorflow()
     import keras
 
-    details = {
-        device: tf.config.experimental.get_device_details(device) for device in tf.config.list_physical_devices("GPU")
-    }
-    gpus = list(details.values())
+    devices = tf.config.list_physical_devices("GPU")
+    gpus = [tf.config.experimental.get_device_details(device) for device in devices]
     check_gpus(gpus, tf.__version__)
-    for device in details:
+    for device in devices:
         tf.config.experimental.set_memory_growth(device, True)
     policy = choose_precision(precision, gpus)
     keras.config.set_dtype_policy(policy)
@@ -850,7 +848,17 @@ def set_up_gpus(precision: str) -> tuple[Any, dict]:
         "xla": len(gpus) == 1,  # Keras does not compile the steps of a strategy
         "replicas": len(gpus),
     }
-    return (tf.distribute.MirroredStrategy() if len(gpus) > 1 else None), target
+    strategy = tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+    return strategy, target
+
+
+def average_statistics(model: Any, strategy: Any) -> None:
+    """Give every replica the mean of all replicas' moving statistics: in Keras 3 each keeps its own, one is saved."""
+    import tensorflow as tf
+
+    for variable in model.non_trainable_variables:
+        if "moving" in variable.name:
+            variable.assign(tf.reduce_mean(tf.stack(strategy.experimental_local_results(variable.value)), axis=0))
 
 
 def main() -> None:
@@ -864,13 +872,19 @@ def main() -> None:
         client = s3_client(read_credentials(arguments.credentials))
         table = select_images(client, arguments)
     folder, config = open_run(arguments, table)
-    with timed(seconds, "setup"), strategy.scope() if strategy else contextlib.nullcontext():
+    with timed(seconds, "setup"), strategy.scope():
         model = build_cnn(arguments, truth_by_split(table)["train"], xla=target["xla"])
         before = restore(model, folder, arguments.epochs)
     with timed(seconds, "ingest"):
         pixels, skipped, cached = ingest(client, arguments, table)
     begin_run(folder, config, table, skipped)
-    fit_epoch, predict = training_steps(model, pixels, table, arguments, target["replicas"])
+    fit_replicas, predict = training_steps(model, pixels, table, arguments, target["replicas"])
+
+    def fit_epoch(epoch: int) -> float:
+        loss = fit_replicas(epoch)
+        average_statistics(model, strategy)
+        return loss
+
     history = train_epochs(model, folder, before, arguments.epochs, truth_by_split(table), fit_epoch, predict)
     with timed(seconds, "evaluate"):
         report = evaluate(folder, table, predict, arguments.seed)
