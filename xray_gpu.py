@@ -76,11 +76,15 @@ LABELS = [
 ]  # fmt: skip
 SPLITS = ["train", "validation", "test"]
 FETCH_THREADS = 32  # a GET takes about 50 ms, a decode 14 ms of a core: enough requests under way for 8 cores
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+MENDABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}  # by disk space and rights
 
 
 class UserError(Exception):
     """What the user can mend. Its text is one line that names the thing and the mend."""
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -134,7 +138,7 @@ def run_script(main: Callable[[], None]) -> int:
         print(f"\n{script}: interrupted: the same options with --resume and this run's --output go on", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if errno.errorcode.get(error.errno) not in MENDABLE:
             raise
         problem = f"{error.filename or 'output or cache folder'}: {error.strerror}: check disk space and rights"
     except sqlite3.Error as error:
@@ -176,7 +180,8 @@ def read_credentials(path: str) -> dict[str, str]:
         if content[name] == "REPLACE_ME":
             raise UserError(f"{path} still has the example's {shown}: put your own AWS key in its place")
     known = {"aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region_name", "endpoint_url"}
-    if content.keys() - known or not all(isinstance(value, str) for value in content.values()):
+    texts = all(isinstance(text, str) and text.isascii() and text.isprintable() for text in content.values())
+    if content.keys() - known or not texts:
         raise UserError(f"{path} may hold only credentials.example.yml's names, each with a text (in quotes if digits)")
     if Path(path).stat().st_mode & 0o077:
         print(f"warning: other users can read {path}: chmod 600 {path}", file=sys.stderr)
@@ -191,6 +196,13 @@ def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
     config = Config(retries=retries, max_pool_connections=FETCH_THREADS, connect_timeout=10, read_timeout=30, s3=style)
     with s3_errors(""):
         return boto3.client("s3", config=config, **credentials)
+
+
+def connect(credentials: dict[str, str], bucket: str) -> Any:
+    """A client for `bucket`, after one call that fails soon, in plain words, where a long run would fail."""
+    with s3_errors(bucket):
+        s3_client(credentials, attempts=3).list_objects_v2(Bucket=bucket, MaxKeys=1)
+    return s3_client(credentials)
 
 
 @contextlib.contextmanager
@@ -211,14 +223,14 @@ def s3_errors(bucket: str, key: str = "the list of images") -> Iterator[None]:
     try:
         yield
     except aws.ClientError as error:
-        code, text = (error.response["Error"].get(name) for name in ("Code", "Message"))
+        code, text = error.response["Error"].get("Code"), one_line(error.response["Error"].get("Message"))
         raise UserError(mends.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")) from None
-    except aws.HTTPClientError as error:
-        raise UserError(f"S3 is out of reach ({error}): check network, region_name and endpoint_url") from None
-    except (aws.BotoCoreError, ValueError) as error:
+    except (aws.HTTPClientError, aws.ConnectionError) as error:
         raise UserError(
-            f"S3 cannot be asked ({' '.join(str(error).split())}): check --bucket and credentials"
+            f"S3 is out of reach ({one_line(error)}): check network, region_name and endpoint_url"
         ) from None
+    except (aws.BotoCoreError, ValueError, RecursionError) as error:
+        raise UserError(f"S3 cannot be asked ({one_line(error)}): check --bucket and credentials") from None
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
@@ -244,7 +256,7 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
         # The header of 2017 has one name more than its rows have values: index_col=False keeps them aligned.
         frame = pd.read_csv(io.BytesIO(csv), dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig")
     except ValueError as error:
-        raise UserError(f"{name} is not a CSV ({' '.join(str(error).split())}): check --labels") from None
+        raise UserError(f"{name} is not a CSV ({one_line(error)}): check --labels") from None
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
         raise UserError(f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: it must be NIH's Data_Entry CSV")
@@ -289,7 +301,7 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
     """The images of the run by name: columns image, patient, 15 labels, key and etag in S3, split."""
     bucket, seed, prefix = arguments.bucket, arguments.seed, arguments.images.rstrip("/")
     prefix += "/" if prefix else ""
-    with s3_errors(bucket):  # listing comes first: one cheap call that fails in plain words where HEAD gives numbers
+    with s3_errors(bucket):
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         objects = [(o["Key"][len(prefix) :], o["Key"], o["ETag"]) for page in pages for o in page.get("Contents", [])]
     if not objects:
@@ -298,6 +310,8 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
     table = labels.merge(pd.DataFrame(objects, columns=["image", "key", "etag"]), on="image")
     print(f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, {len(table):,} are in both")
+    if table.empty:
+        raise UserError(f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: check --images")
     test_images = None
     if arguments.test_list:
         with s3_errors(bucket, arguments.test_list):
@@ -307,18 +321,19 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
     table["split"] = assign_splits(table, seed, test_images)
     draw = table["image"].map(lambda image: hash_fraction(seed, image)).nsmallest(arguments.limit or len(table))
     table = table.loc[draw.index].sort_values("image", ignore_index=True)
-    counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
-    print(
-        ", ".join(f"{split} {count:,}" for split, count in counts.items()),
-        f"of {table['patient'].nunique():,} patients",
-    )
-    if not counts.all():
-        raise UserError(
-            f"{len(table)} images leave the {counts.idxmin()} split empty: use more images or another --seed"
-        )
-    if arguments.batch_size > counts["train"]:
-        raise UserError(f"--batch-size {arguments.batch_size} is more than the {counts['train']} training images")
+    check_splits(table, arguments.batch_size)
     return table
+
+
+def check_splits(table: pd.DataFrame, batch_size: int) -> None:
+    """Print the sizes. Raises UserError where a split has no image, or the training split less than a batch."""
+    counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
+    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"{sizes} images of {table['patient'].nunique():,} patients")
+    if not counts.all():
+        raise UserError(f"no image is left for the {counts.idxmin()} split: use more images or another --seed")
+    if batch_size > counts["train"]:
+        raise UserError(f"--batch-size {batch_size} is more than the {counts['train']} training images")
 
 
 def truth_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -461,7 +476,7 @@ def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = Fals
         if source is None:
             raise
         mend = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
-        raise UserError(f"cannot load --weights {source} ({' '.join(str(error).split())}): {mend}") from None
+        raise UserError(f"cannot load --weights {source} ({one_line(error)}): {mend}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
@@ -507,13 +522,12 @@ def versions() -> dict[str, str]:
 def open_run(arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[Path, dict]:
     """The run folder and the content of its config.json. Raises UserError where another run is in the folder."""
     script = Path(sys.argv[0]).stem
-    digest = hashlib.sha256(table[["image", "split", *LABELS]].to_csv(index=False).encode()).hexdigest()
+    digest = hashlib.sha256(table[["image", "etag", "split", *LABELS]].to_csv(index=False).encode()).hexdigest()
     config = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
     folder = Path(arguments.output or time.strftime(f"runs/{script}-%Y%m%dT%H%M%SZ", time.gmtime()))
     if not arguments.resume:
         if any(folder.glob("[!.]*")):
             raise UserError(f"{folder} is not empty: use another --output, or --resume to continue the run in it")
-        folder.mkdir(parents=True, exist_ok=True)
         return folder, config
     if not (arguments.output and (folder / "config.json").exists()):
         raise UserError("--resume needs --output with the folder of a run that has begun to train")
@@ -531,10 +545,11 @@ def open_run(arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[Path, 
 
 
 def begin_run(folder: Path, config: dict, table: pd.DataFrame, skipped: dict[int, str]) -> None:
-    """Write config.json and skipped.csv."""
+    """Make the run folder with config.json, which makes it one to resume, and skipped.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "config.json", json.dumps(config, indent=2))
     reasons = pd.DataFrame({"image": table["image"][list(skipped)], "reason": skipped.values()})
     write(folder / "skipped.csv", reasons.to_csv(index=False))
-    write(folder / "config.json", json.dumps(config, indent=2))
 
 
 def restore(model: Any, folder: Path, epochs: int) -> pd.DataFrame:
@@ -575,7 +590,7 @@ def train_epochs(
         row = {
             "epoch": epoch,
             "loss": loss,
-            "validation_loss": -np.log(np.where(truth["validation"] == 1, scores, 1 - scores)).mean(),
+            "validation_loss": float(-np.log(np.where(truth["validation"] == 1, scores, 1 - scores)).mean()),
             "validation_auroc": np.nanmean(auroc(truth["validation"], scores)),
             "seconds": seconds,
             "images_per_second": len(truth["train"]) / seconds,
@@ -747,6 +762,7 @@ def ingest(client: Any, arguments: argparse.Namespace, table: pd.DataFrame) -> t
             entry = (source, missing[row], size, table["etag"][row], zlib.crc32(image), image.tobytes())
             cache.execute("INSERT OR REPLACE INTO pixels VALUES (?, ?, ?, ?, ?, ?)", entry)
     table.loc[list(skipped), "split"] = "skipped"
+    check_splits(table, arguments.batch_size)
     return pixels, skipped, cached
 
 
@@ -872,7 +888,7 @@ def main() -> None:
     with timed(seconds, "setup"):
         strategy, target = set_up_gpus(arguments.precision)
     with timed(seconds, "ingest"):
-        client = s3_client(read_credentials(arguments.credentials))
+        client = connect(read_credentials(arguments.credentials), arguments.bucket)
         table = select_images(client, arguments)
     folder, config = open_run(arguments, table)
     with timed(seconds, "setup"), strategy.scope():

@@ -1,0 +1,85 @@
+"""Fixtures that several test modules share: an S3 server with the sample bucket, and one finished run on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, one_line, run_process  # noqa: E402
+from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials  # noqa: E402
+
+import xray_tensorflow as xray  # noqa: E402  the scripts stand beside tests/, in no package
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keras' folder for downloads: an empty one, whatever the machine has. Keras reads its name at import."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("keras")
+        patch.setenv("KERAS_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The credentials file of an S3 server that holds the sample bucket with radiographs of 64 x 64."""
+    folder = tmp_path_factory.mktemp("s3")
+    with serve() as endpoint:
+        fill_bucket(connect(endpoint), BUCKET, read_rows(), 64)
+        yield edited(write_credentials(folder, endpoint), folder, **SECRETS)
+
+
+class Run(NamedTuple):
+    """A run of the script that ended well."""
+
+    options: list[str]  # with its cache
+    folder: Path  # its run folder
+    finished: Finished
+    result: dict
+
+
+@pytest.fixture(scope="session")
+def run(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run from nothing to the result line, shared by many tests: the script alone in a folder, on its defaults."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copy(SCRIPT, folder)
+    shutil.copy(credentials, folder / "credentials.yml")
+    finished = run_process([sys.executable, SCRIPT.name, *QUICK], cwd=folder)
+    assert finished.code == 0, finished.stderr
+    (output,) = (folder / "runs").iterdir()
+    options = ["--credentials", str(credentials), "--cache", str(folder / "cache"), *QUICK]
+    return Run(options, output, finished, json.loads(finished.stdout.splitlines()[-1]))
+
+
+@pytest.fixture
+def fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, credentials: Path
+) -> Callable[..., str]:
+    """Call the script with options that must fail for a reason the user can mend: its error line.
+
+    In this process, from an empty folder, which must stay as it was. It is not held to a core: pytest's later tests
+    would be too.
+    """
+
+    def call(*options: object) -> str:
+        folder = tmp_path / "empty"
+        folder.mkdir(exist_ok=True)
+        words = ["xray_tensorflow.py", "--credentials", credentials, "--batch-size", 8, *options]
+        with monkeypatch.context() as patch:
+            patch.setattr(xray, "hold_to_cores", lambda threads: None)
+            patch.setattr(sys, "argv", [str(word) for word in words])
+            patch.chdir(folder)
+            capsys.readouterr()
+            code = xray.run_script(xray.main)
+        assert list(folder.iterdir()) == []
+        return one_line(code, capsys.readouterr().err)
+
+    return call

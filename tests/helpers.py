@@ -1,0 +1,121 @@
+"""What several test modules call: options, credentials files, bad runs and the script as a process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+import yaml
+from sample_bucket import connect
+
+import xray_tensorflow as xray
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "xray_tensorflow.py"
+SECRETS = {"aws_secret_key_id": "Tru5tNo0neWithThis", "aws_session_token": "T0kenToKeepToOneself"}
+# A run of the whole sample in seconds, most of which TensorFlow takes to start and to trace its graph.
+QUICK = ["--weights", "none", "--image-size", "32", "--epochs", "3", "--batch-size", "8", "--learning-rate", "1e-3"]
+
+
+def parse(*options: Any) -> argparse.Namespace:
+    """The arguments of a command line with these options."""
+    return xray.common_parser("").parse_args([str(option) for option in options])
+
+
+def write_yaml(path: Path, content: Any) -> Path:
+    """A file that only its owner can read."""
+    path.touch(mode=0o600)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def edited(path: Path, folder: Path, **changes: str | None) -> Path:
+    """A copy, in `folder`, of a credentials file with other values; None takes a name out."""
+    content = {**yaml.safe_load(path.read_text()), **changes}
+    return write_yaml(folder / "edited.yml", {name: value for name, value in content.items() if value is not None})
+
+
+def client_of(credentials: Path) -> Any:
+    """The script's own S3 client. One attempt, so that a test of an error does not wait."""
+    return xray.s3_client(xray.read_credentials(str(credentials)), attempts=1)
+
+
+def make_bucket(credentials: Path, bucket: str, labels: str, images: dict[str, bytes]) -> None:
+    """A bucket with a label file and images, in moto."""
+    client = connect(yaml.safe_load(credentials.read_text())["endpoint_url"])
+    client.create_bucket(Bucket=bucket)
+    client.put_object(Bucket=bucket, Key="Data_Entry_2017_v2020.csv", Body=labels.encode())
+    for name, data in images.items():
+        client.put_object(Bucket=bucket, Key=f"images/{name}", Body=data)
+
+
+def label_file(rows: list[tuple[str, list[str]]]) -> str:
+    """A label CSV with the columns that matter."""
+    lines = [f"{name},{'|'.join(findings)},{int(name[:8])}" for name, findings in rows]
+    return "\n".join(["Image Index,Finding Labels,Patient ID", *lines, ""])
+
+
+def one_line(code: int, stderr: str) -> str:
+    """The error line of a run that met something the user can mend: checks that it is just that."""
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    assert not any(secret in stderr for secret in SECRETS.values())
+    assert [line for line in stderr.splitlines() if "error:" in line] == stderr.splitlines()[-1:], stderr
+    script, error, problem = stderr.splitlines()[-1].split(": ", 2)
+    assert (script, error) == ("xray_tensorflow.py", "error")
+    return problem
+
+
+class Finished(NamedTuple):
+    """How a process ended. A negative code is the signal that ended it."""
+
+    code: int
+    stdout: str
+    stderr: str
+    wall: float  # seconds
+    cpu: float
+
+
+def run_process(
+    command: list[Any], cwd: Path = ROOT, stop: tuple[Callable[[], bool], signal.Signals] | None = None
+) -> Finished:
+    """Run a command to its end. With `stop`, send it the signal as soon as the call returns True."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        child = subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=stdout, stderr=stderr)
+        try:
+            while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                assert time.monotonic() - start < 400, "the process hangs"
+                if stop and stop[0]():
+                    child.send_signal(stop[1])
+                    stop = None
+                time.sleep(0.005)
+        except BaseException:
+            child.kill()
+            raise
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.monotonic() - start
+        child.returncode = code = os.waitstatus_to_exitcode(status)
+        stdout.seek(0)
+        stderr.seek(0)
+        return Finished(code, stdout.read(), stderr.read(), wall, usage.ru_utime + usage.ru_stime)
+
+
+def run_script(*options: Any, **how: Any) -> Finished:
+    """Run the training script."""
+    return run_process([sys.executable, SCRIPT, *options], **how)
+
+
+def ceph_client(endpoint: str) -> Any:
+    """A client for the server of tests/ceph_s3.sh, which checks signatures."""
+    keys = {"aws_access_key_id": "XRAYACCESSKEY", "aws_secret_access_key": "xraysecretkey"}
+    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)

@@ -1,0 +1,196 @@
+"""The CNN: its form and start, --weights, frozen statistics, and that the fast layers compute what Keras' own do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import parse
+
+import xray_tensorflow as xray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keras(keras_home: Path) -> Any:
+    """Keras with TensorFlow as the script starts it."""
+    xray.limit_tensorflow(1)
+    import keras
+
+    return keras
+
+
+@pytest.fixture(scope="module")
+def truth() -> np.ndarray:
+    """Labels of 2,000 rows: the first is in none of them, the last in all, the others in 5 to 70 percent."""
+    share = np.array([0, *np.linspace(0.05, 0.7, 13), 1])
+    return (np.random.default_rng(0).random((2000, 15)) < share).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def backbone(keras: Any) -> Any:
+    """A MobileNet whose statistics are those of some noise, so that signals and gradients come through it."""
+    model = keras.applications.MobileNet((32, 32, 3), include_top=False, weights=None, pooling="avg")
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0
+    model(np.random.default_rng(0).uniform(-1, 1, (32, 32, 32, 3)), training=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights_file(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "mobilenet.weights.h5"
+    backbone.save_weights(path)
+    return str(path)
+
+
+def options(*words: Any) -> argparse.Namespace:
+    return parse("--image-size", 32, "--batch-size", 8, "--weights", "none", *words)
+
+
+def statistics(model: Any) -> list[np.ndarray]:
+    """The moving means and variances of all batch normalisations, in the order of the layers."""
+    return [v.numpy() for v in model.weights if v.name in ("moving_mean", "moving_variance")]
+
+
+def of_backbone(model: Any) -> list[np.ndarray]:
+    """The weights of the MobileNet in a whole model, by name: Keras' order depends on what is trainable."""
+    found = {tuple(v.path.split("/")[-2:]): v.numpy() for v in model.weights}
+    kept = sorted(name for name in found if name[0] not in ("findings", "dropout") and "seed" not in name[-1])
+    assert len(kept) == 135, kept  # 27 convolutions, each with 4 of batch normalisation
+    return [found[name] for name in kept]
+
+
+def test_shapes_types_and_start(truth: np.ndarray) -> None:
+    model = xray.build_cnn(options(), truth)
+    assert model.input_shape == (None, 32, 32, 1)
+    assert model.output_shape == (None, 15)
+    assert model.inputs[0].dtype == "uint8"
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), np.uint8)
+    probabilities = model.predict(pixels, verbose=0)
+    assert probabilities.dtype == np.float32
+    assert ((probabilities > 0) & (probabilities < 1)).all()
+    bias = model.layers[-1].bias.numpy()
+    share = truth[:, 1:-1].mean(axis=0)
+    assert bias[1:-1] == pytest.approx(np.log(share / (1 - share)), abs=0.02)
+    assert np.isfinite(bias).all()
+    assert bias[0] < -5 < 5 < bias[-1]
+
+
+def test_the_seed_decides_the_start(truth: np.ndarray) -> None:
+    one, same, other = (xray.build_cnn(options("--seed", seed), truth).get_weights() for seed in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(one, same))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other))
+
+
+def layers(model: Any) -> Iterator[Any]:
+    for layer in model.layers:
+        yield layer
+        yield from layers(layer) if hasattr(layer, "layers") else ()
+
+
+def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.ndarray) -> None:
+    model = xray.build_cnn(options(), truth)
+    momenta = {layer.momentum for layer in layers(model) if isinstance(layer, keras.layers.BatchNormalization)}
+    assert max(momenta) <= 0.9
+    before = statistics(model)
+    assert len(before) == 54
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 1), np.uint8)
+    model(pixels, training=True)
+    for old, new in zip(before, statistics(model)):
+        assert np.abs(new - old).max() > 0
+
+
+def test_what_is_computed_is_what_keras_computes(keras: Any, truth: np.ndarray, tmp_path: Path) -> None:
+    """Outputs, gradients and statistics in training are those of the plain model that model.keras holds."""
+    import tensorflow as tf
+
+    fast = xray.build_cnn(options(), truth)
+    keras.Model(fast.inputs, fast.outputs).save(tmp_path / "model.keras")
+    plain = keras.models.load_model(tmp_path / "model.keras")
+    random = np.random.default_rng(0)
+    pixels, target = random.integers(0, 256, (8, 32, 32, 1), np.uint8), truth[:8]
+    assert fast.predict(pixels, verbose=0) == pytest.approx(plain.predict(pixels, verbose=0), abs=1e-5)
+    gradients = []
+    for model in (fast, plain):
+        model.get_layer("dropout").seed_generator.state.assign([1, 2])
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(keras.losses.binary_crossentropy(target, model(pixels, training=True)))
+        gradients.append(tape.gradient(loss, [v.value for v in model.trainable_variables]))
+    assert len(gradients[0]) == len(gradients[1]) == 83
+    # Rounding decides on which side of a kink some activations fall: in float32 both stray by up to 3 % from float64.
+    for one, other in zip(*gradients):
+        assert np.linalg.norm(one - other) <= 0.05 * np.linalg.norm(other)
+    for one, other in zip(statistics(fast), statistics(plain)):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_weights_of_a_file_and_their_statistics_stay(
+    backbone: Any, weights_file: str, truth: np.ndarray, keras: Any
+) -> None:
+    arguments = options("--weights", weights_file, "--learning-rate", "1e-2")
+    model = xray.build_cnn(arguments, truth)
+    for mine, theirs in zip(of_backbone(model), of_backbone(backbone)):
+        assert np.array_equal(mine, theirs)
+    before = statistics(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32), np.uint8)
+    table = pd.DataFrame(truth[:24], columns=xray.LABELS).assign(split=["train"] * 16 + ["validation"] * 8)
+    fit_epoch, predict = xray.training_steps(model, pixels, table, arguments)
+    fit_epoch(1)
+    assert all(np.array_equal(old, new) for old, new in zip(before, statistics(model)))
+    kernels = [
+        not np.array_equal(mine, theirs)
+        for mine, theirs in zip(of_backbone(model), of_backbone(backbone))
+        if mine.ndim == 4
+    ]
+    assert all(kernels), "the convolutions must learn"
+    assert predict("validation").shape == (8, 15)
+
+
+def test_imagenet_comes_from_the_cache_of_keras(backbone: Any, keras_home: Path, truth: np.ndarray) -> None:
+    # A file in the place and of the form of Keras' download: legacy HDF5, for 128 pixels.
+    folder = keras_home / "models"
+    folder.mkdir(exist_ok=True)
+    path = folder / "mobilenet_1_0_128_tf_no_top.h5"
+    backbone.save(path)
+    try:
+        model = xray.build_cnn(options("--weights", "imagenet", "--image-size", 128), truth)
+    finally:
+        path.unlink()
+    for mine, theirs in zip(of_backbone(model), of_backbone(backbone)):
+        assert np.array_equal(mine, theirs)
+
+
+def refuse(weights: str, truth: np.ndarray) -> str:
+    with pytest.raises(xray.UserError) as error:
+        xray.build_cnn(options("--weights", weights, "--image-size", 128), truth)
+    assert "\n" not in str(error.value)
+    assert "--weights none" in str(error.value)
+    return str(error.value)
+
+
+def test_imagenet_that_cannot_be_downloaded(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # where nobody listens, on a machine with a network too
+    assert "imagenet" in refuse("imagenet", truth)
+
+
+def test_weights_that_are_none(truth: np.ndarray, tmp_path: Path, keras: Any) -> None:
+    assert "absent.h5" in refuse(str(tmp_path / "absent.h5"), truth)
+    for name in ("text.weights.h5", "text.h5", "text"):
+        path = tmp_path / name
+        path.write_text("not HDF5")
+        assert name in refuse(str(path), truth)
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    other.save_weights(tmp_path / "other.weights.h5")
+    assert "other" in refuse(str(tmp_path / "other.weights.h5"), truth)
+
+
+def test_weights_that_cannot_be_had_leave_no_run_folder(fails: Callable, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    assert "absent.h5" in fails("--weights", tmp_path / "absent.h5", "--image-size", 32, "--output", output)
+    assert not output.exists() or not list(output.iterdir())

@@ -1,0 +1,107 @@
+"""Rules of the house: versions agree, a script works alone, and it starts without what --help does not need."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, SCRIPT, run_process
+
+SCRIPTS = sorted(ROOT.glob("xray_*.py"))
+SOURCES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
+IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+
+
+def requirements(path: Path) -> list[str]:
+    """The pinned lines of a requirements file."""
+    lines = [line.split(" #")[0].strip() for line in path.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def metadata(script: Path) -> tuple[str, list[str]]:
+    """requires-python and dependencies of a script's PEP 723 block. Python 3.9 has no parser of TOML."""
+    (block,) = re.findall(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", script.read_text())
+    text = re.sub("(?m)^# ?", "", block)
+    (python,) = re.findall('^requires-python = "(.*)"$', text, re.MULTILINE)
+    (dependencies,) = re.findall(r"(?ms)^dependencies = \[\n(.*?)^\]", text)
+    return python, [line.strip()[1:-2].replace("'", '"') for line in dependencies.splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_metadata_agrees_with_requirements(script: Path) -> None:
+    python, dependencies = metadata(script)
+    assert python == ">=3.9,<3.13"
+    assert dependencies
+    # On a GPU it is the same TensorFlow, with CUDA beside it.
+    assert {line.replace("[and-cuda]", "") for line in dependencies} <= set(requirements(ROOT / "requirements.txt"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_metadata_has_what_the_script_imports(script: Path) -> None:
+    names = set()
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    specs = {name: importlib.util.find_spec(name) for name in names}
+    needed = {name for name, spec in specs.items() if spec is None or "site-packages" in (spec.origin or "")}
+    packages = {re.split("[=<>~ ;[]", line)[0] for line in metadata(script)[1]}
+    declared = {IMPORTED_AS.get(package, package) for package in packages}
+    assert "numpy" in needed
+    assert needed <= declared | {"botocore", "py4j"}  # which boto3 and pyspark pin
+
+
+def test_every_requirement_is_pinned() -> None:
+    tests = requirements(ROOT / "tests" / "requirements.txt")
+    assert tests[0] == "-r ../requirements.txt"
+    for line in [*requirements(ROOT / "requirements.txt"), *tests[1:]]:
+        assert re.fullmatch(r'[\w.,\[\]-]+==[\w.]+( ; python_version (<|>=) "3\.\d+")?', line), line
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_syntax_of_python_3_9(path: Path) -> None:
+    ast.parse(path.read_text(), feature_version=(3, 9))
+
+
+def test_help_needs_no_tensorflow(tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    for module in ("tensorflow", "keras", "matplotlib"):
+        (tmp_path / f"{module}.py").write_text("raise ImportError('for --help?')")
+    shown = run_process([sys.executable, SCRIPT.name, "--help"], cwd=tmp_path)
+    assert (shown.code, shown.stderr) == (0, "")
+    manual = ast.get_docstring(ast.parse(SCRIPT.read_text()), clean=False)
+    assert manual.strip() in shown.stdout
+    options = set(re.findall(r"(?m)^  (?:-h, )?(--[a-z-]+)", shown.stdout))
+    assert options == {
+        "--help", "--credentials", "--bucket", "--labels", "--images", "--test-list", "--limit", "--image-size",
+        "--weights", "--epochs", "--batch-size", "--learning-rate", "--seed", "--cache", "--max-skipped", "--output",
+        "--resume", "--threads",
+    }  # fmt: skip
+
+
+def test_import_does_nothing(tmp_path: Path) -> None:
+    program = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+cores, environment = os.sched_getaffinity(0), dict(os.environ)
+import xray_tensorflow
+assert os.sched_getaffinity(0) == cores and dict(os.environ) == environment
+assert not {"tensorflow", "keras", "matplotlib"} & set(sys.modules)
+"""
+    imported = run_process([sys.executable, "-c", program, ROOT], cwd=tmp_path)
+    assert (imported.code, imported.stdout, imported.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_script_alone_in_a_folder_runs_and_leaves_only_cache_and_run(run: Any) -> None:
+    folder = run.folder.parent.parent
+    names = {path.name for path in folder.iterdir()}
+    assert names == {SCRIPT.name, "credentials.yml", "cache", "runs"}
+    assert re.fullmatch(r"xray_tensorflow-\d{8}T\d{6}Z", run.folder.name)

@@ -1,0 +1,134 @@
+"""Radiographs of every mode and files that are none: what becomes of the pixels, and of the run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pytest
+from helpers import client_of, label_file, make_bucket, parse
+from PIL import Image
+from sample_bucket import TRUNCATED, draw_radiograph, read_rows
+
+import xray_tensorflow as xray
+
+
+def encode(image: Image.Image, form: str = "PNG") -> bytes:
+    data = io.BytesIO()
+    image.save(data, form)
+    return data.getvalue()
+
+
+GREY = np.tile(np.repeat([[40, 200]], 32, axis=1), (64, 1)).astype(np.uint8)  # left half dark, right half bright
+PICTURE = Image.fromarray(GREY)
+RGBA = PICTURE.convert("RGBA")
+RGBA.putalpha(90)  # NIH's alpha channels carry nothing: the grey must not be mixed with a background
+PALETTE = Image.fromarray((GREY > 100).astype(np.uint8), "P")
+PALETTE.putpalette([40] * 3 + [200] * 3)
+READABLE = {
+    "L": encode(PICTURE),
+    "LA": encode(RGBA.convert("LA")),
+    "RGB": encode(PICTURE.convert("RGB")),
+    "RGBA": encode(RGBA),
+    "palette": encode(PALETTE),
+    "16 bits": encode(Image.fromarray(GREY.astype(np.uint16) * 256 + 77)),
+    "JPEG": encode(PICTURE, "JPEG"),
+    "CMYK JPEG": encode(PICTURE.convert("CMYK"), "JPEG"),
+}
+WHOLE = draw_radiograph("00000001_000.png", [], 64)
+UNREADABLE = {
+    "truncated": WHOLE[: len(WHOLE) // 2],
+    "header only": WHOLE[:40],
+    "HTML": b"<html>Service unavailable</html>",
+    "zero bytes": b"",
+    "damaged": WHOLE[:200] + bytes(100) + WHOLE[300:],
+}
+
+
+@pytest.mark.parametrize("form", READABLE)
+def test_every_mode_gives_the_same_grey(form: str) -> None:
+    pixels = xray.decode(READABLE[form], 32)
+    assert pixels.shape == (32, 32)
+    assert pixels.dtype == np.uint8
+    halves = pixels[:, :14].astype(int), pixels[:, 18:].astype(int)
+    assert np.abs(halves[0] - 40).max() <= 2
+    assert np.abs(halves[1] - 200).max() <= 2
+
+
+def test_one_bit() -> None:
+    pixels = xray.decode(encode(Image.fromarray(GREY > 100)), 32)
+    assert np.unique(pixels[:, :14]) == [0]
+    assert np.unique(pixels[:, 18:]) == [255]
+
+
+def test_a_large_radiograph_is_averaged_not_sampled() -> None:
+    checks = (np.indices((1024, 1024)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    assert np.abs(xray.decode(encode(Image.fromarray(checks)), 64).astype(int) - 127).max() <= 3
+
+
+def test_an_image_that_is_not_square_and_one_that_is_smaller() -> None:
+    assert xray.decode(encode(Image.new("L", (300, 100), 9)), 64).tolist() == np.full((64, 64), 9).tolist()
+    assert xray.decode(encode(Image.new("L", (1, 1), 9)), 64).tolist() == np.full((64, 64), 9).tolist()
+
+
+@pytest.fixture(scope="module")
+def odd(credentials: Path) -> dict[str, str]:
+    """A bucket of 60 images, five of them unreadable: {their name: what is wrong}."""
+    rows = read_rows()[:60]
+    names = [name for name, _ in rows]
+    wrong = dict(zip(names[::7], UNREADABLE))
+    images = {name: UNREADABLE[wrong[name]] if name in wrong else READABLE["LA"] for name in names}
+    make_bucket(credentials, "odd", label_file(rows), images)
+    return wrong
+
+
+def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict, tmp_path: Path) -> None:
+    client = client_of(credentials)
+    options = ["--bucket", "odd", "--image-size", 32, "--batch-size", 8, "--cache", tmp_path, "--max-skipped", 0.1]
+    table = xray.select_images(client, parse(*options))
+    pixels, skipped, cached = xray.ingest(client, parse(*options), table)
+    assert {table["image"][row] for row in skipped} == set(odd)
+    assert set(table["image"][table["split"] == "skipped"]) == set(odd)
+    assert all(reason and "\n" not in reason and "0x" not in reason for reason in skipped.values())
+    for row in set(range(60)) - set(skipped):
+        assert np.array_equal(pixels[row], xray.decode(READABLE["LA"], 32))
+    # They are asked for again by the next run: someone may have mended them.
+    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[2] == 55
+
+
+def test_too_many_unreadable_images(credentials: Path, odd: dict, tmp_path: Path) -> None:
+    client = client_of(credentials)
+    options = ["--bucket", "odd", "--image-size", 32, "--batch-size", 8, "--cache", tmp_path, "--max-skipped", 0.05]
+    with pytest.raises(xray.UserError, match="--max-skipped") as error:
+        xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))
+    assert any(name in str(error.value) for name in odd)
+    assert "4 of 60" in str(error.value)
+
+
+def test_an_image_gone_between_listing_and_fetching_is_skipped(credentials: Path, odd: dict, tmp_path: Path) -> None:
+    client = client_of(credentials)
+    ((_, pixels, reason),) = xray.fetch_images(client, "odd", {0: "images/gone.png"}, 32)
+    assert pixels is None
+    assert "gone" in reason
+
+
+def test_a_split_that_loses_all_its_images_is_one_line(
+    credentials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable
+) -> None:
+    client, rows = client_of(credentials), read_rows()[:60]
+    make_bucket(credentials, "lost", label_file(rows), dict.fromkeys([name for name, _ in rows], b""))
+    table = xray.select_images(client, parse("--bucket", "lost", "--batch-size", 8))
+    for image in table["image"][table["split"] != "validation"]:
+        client.put_object(Bucket="lost", Key=f"images/{image}", Body=READABLE["L"])
+    options = ["--bucket", "lost", "--max-skipped", 1, "--weights", "none", "--image-size", 32, "--epochs", 1]
+    assert "validation" in fails(*options, "--cache", tmp_path / "cache", "--output", tmp_path / "output")
+
+
+def test_skipped_csv(run: object) -> None:
+    header, *rows = (run.folder / "skipped.csv").read_text().splitlines()
+    assert header == "image,reason"
+    assert [row.split(",")[0] for row in rows] == [TRUNCATED]
+    assert run.result["images"]["skipped"] == 1
+    assert TRUNCATED not in (run.folder / "predictions.csv").read_text()
