@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import pytest
 
@@ -26,6 +26,15 @@ def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("keras")
         patch.setenv("KERAS_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def keras(keras_home: Path) -> Any:
+    """Keras with TensorFlow as xray_tensorflow.py starts it, which can be done once in a process."""
+    xray.limit_tensorflow(1)
+    import keras
+
+    return keras
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,7 @@ from helpers import parse
 
 import xray_tensorflow as xray
 
-
-@pytest.fixture(scope="module", autouse=True)
-def keras(keras_home: Path) -> Any:
-    """Keras with TensorFlow as the script starts it."""
-    xray.limit_tensorflow(1)
-    import keras
-
-    return keras
+pytestmark = pytest.mark.usefixtures("keras")
 
 
 @pytest.fixture(scope="module")

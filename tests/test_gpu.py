@@ -98,11 +98,8 @@ def test_the_whole_script_on_two_devices_in_mixed_precision(credentials: Path, t
 
 
 @pytest.fixture
-def policy() -> Any:
+def policy(keras: Any) -> Any:
     """Sets Keras' dtype policy for one test."""
-    xray_gpu.import_tensorflow()
-    import keras
-
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy("float32")
 
