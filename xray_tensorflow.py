@@ -727,7 +727,6 @@ def open_cache(path: Path) -> sqlite3.Connection:
     """The cache of decoded pixels. An image is a transaction: a killed process loses at most the one in hand."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cache = sqlite3.connect(path, timeout=60, isolation_level=None)
-    cache.execute("PRAGMA page_size = 32768")  # an image of 128 pixels a side fits one page
     cache.execute("PRAGMA journal_mode = WAL")  # several scripts at once, and no fsync for each image
     cache.execute("PRAGMA synchronous = NORMAL")
     columns = "source TEXT, key TEXT, size INTEGER, etag TEXT, crc INTEGER, pixels BLOB"
