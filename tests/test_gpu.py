@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def test_without_a_gpu_the_script_ends_at_once(credentials: Path, tmp_path: Path
     assert finished.stderr.startswith("xray_gpu.py: error: TensorFlow")
     assert finished.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lone_file_shows_its_manual(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "xray_gpu.py", tmp_path)
+    shown = run_process([sys.executable, "xray_gpu.py", "--help"], cwd=tmp_path)
+    assert (shown.code, shown.stderr) == (0, "")
+    assert "--precision {auto,float32,mixed_float16}" in shown.stdout
+    assert 'pip install -r requirements.txt "tensorflow[and-cuda]"' in shown.stdout
 
 
 ON_TWO_CPUS = """
