@@ -16,7 +16,7 @@ for pixels as Parquet. Without a bucket: `python tests/sample_bucket.py xray_ele
 How it differs: xray_tensorflow.py trains on one CPU thread, xray_gpu.py on GPUs; data, split, CNN, metrics and clock
 are the same code in the three. Here each task slot trains a copy of the model on its share of the images, by Elephas:
 - synchronous (default): after each epoch the copies are averaged, Adam's state with them, and the images dealt anew.
-  A lost executor costs time alone, and the result depends on the number of workers but not on chance.
+  A lost executor costs time alone: two runs on as many workers agree but for the rounding of single numbers.
 - asynchronous, hogwild: no copy waits for another; a server in the driver holds the weights, and each copy adds its
   part of an epoch's change. hogwild's server lets changes overwrite each other. Validation comes after the last epoch
   alone, there is no --resume, and a lost executor ends the run, since a repeated task would add its changes twice.
@@ -618,9 +618,10 @@ def train_epochs(
             "validation_seconds": time.perf_counter() - start - seconds,
         }
         history = pd.concat([history, pd.DataFrame([row])], ignore_index=True)
-        # The checkpoint before stays until history.csv names the new one: a kill between the two loses nothing.
+        # Those before stay until history.csv names the new one: a kill between the two loses nothing.
         write(folder / "history.csv", history.to_csv(index=False))
-        (folder / f"checkpoint-{epoch - 1}.weights.h5").unlink(missing_ok=True)
+        for checkpoint in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{epoch}.weights.h5"}:
+            checkpoint.unlink()
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return history
 

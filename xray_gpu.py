@@ -597,9 +597,10 @@ def train_epochs(
             "validation_seconds": time.perf_counter() - start - seconds,
         }
         history = pd.concat([history, pd.DataFrame([row])], ignore_index=True)
-        # The checkpoint before stays until history.csv names the new one: a kill between the two loses nothing.
+        # Those before stay until history.csv names the new one: a kill between the two loses nothing.
         write(folder / "history.csv", history.to_csv(index=False))
-        (folder / f"checkpoint-{epoch - 1}.weights.h5").unlink(missing_ok=True)
+        for checkpoint in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{epoch}.weights.h5"}:
+            checkpoint.unlink()
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return history
 
