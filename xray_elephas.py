@@ -577,7 +577,7 @@ def restore(model: Any, folder: Path, epochs: int) -> pd.DataFrame:
     """history.csv so far, and its last checkpoint (weights and state of the optimizer) loaded into `model`."""
     if not (folder / "history.csv").exists():
         return pd.DataFrame()
-    history = pd.read_csv(folder / "history.csv")
+    history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
     if len(history) > epochs:
         raise UserError(f"{folder} has {len(history)} finished epochs: --epochs {epochs} is less")
     model.optimizer.build(model.trainable_variables)

@@ -198,10 +198,12 @@ def test_an_executor_killed_in_an_epoch_and_a_resumed_run_change_nothing(
     finished = submit(tmp_path, *shared, "--epochs", 2, stop=(kill_one, signal.SIGTERM))
     assert killed
     assert result_of(finished)["ingest"]["from_cache"] == 410
-    # Not to the bit: a resumed run's validation loss has been seen to differ in the last digit of float32.
-    assert losses(tmp_path / "run") == pytest.approx(losses(submitted[1])[:2], rel=1e-6)
+    # The losses, and not to the bit: one has been seen to differ in the last digit of float32. So early the scores of
+    # all images can be as close as that, which leaves the AUROC to rounding: it has been seen to differ by 2 %.
+    unbroken = losses(submitted[1])[:, :2]
+    assert losses(tmp_path / "run")[:, :2] == pytest.approx(unbroken[:2], rel=1e-6)
     assert result_of(submit(tmp_path, *shared, "--resume"))["train"]["epochs"] == 3
-    assert losses(tmp_path / "run") == pytest.approx(losses(submitted[1])[:3], rel=1e-6)
+    assert losses(tmp_path / "run")[:, :2] == pytest.approx(unbroken[:3], rel=1e-6)
 
 
 def test_asynchronous(submitted: tuple, shared: list, tmp_path: Path) -> None:
