@@ -62,13 +62,15 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
+import re
 import resource
 import shutil
-import signal
 import socket
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
@@ -516,6 +518,24 @@ def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = Fals
     return model
 
 
+def batches(pixels: np.ndarray, truth: np.ndarray, rows: np.ndarray, batch_size: int) -> Any:
+    """A tf.data.Dataset of uint8 (b, size, size, 1) and float32 (b, 15), over `rows` in their order."""
+    import tensorflow as tf
+
+    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            yield pixels[chosen, :, :, np.newaxis], truth[chosen]
+
+    image = tf.TensorSpec((None, *pixels.shape[1:], 1), tf.uint8)
+    data = tf.data.Dataset.from_generator(generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32)))
+    data = data.apply(tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))).prefetch(2)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # one machine
+    return data.with_options(options)
+
+
 # ==== metrics and run folder ====
 
 
@@ -605,14 +625,13 @@ def train_epochs(
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch} is {loss}: use a smaller --learning-rate")
-        scores = predict("validation").clip(1e-7, 1 - 1e-7)
+        scored = validate(truth["validation"], predict("validation"))
         with replacing(folder / f"checkpoint-{epoch}.weights.h5") as partial:
             model.save_weights(partial)
         row = {
             "epoch": epoch,
             "loss": loss,
-            "validation_loss": float(-np.log(np.where(truth["validation"] == 1, scores, 1 - scores)).mean()),
-            "validation_auroc": np.nanmean(auroc(truth["validation"], scores)),
+            **scored,
             "seconds": seconds,
             "images_per_second": len(truth["train"]) / seconds,
             "validation_seconds": time.perf_counter() - start - seconds,
@@ -624,6 +643,12 @@ def train_epochs(
             checkpoint.unlink()
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return history
+
+
+def validate(truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Mean binary cross-entropy and mean AUROC of probabilities (n, 15)."""
+    likely = np.where(truth == 1, scores, 1 - scores).clip(1e-7)
+    return {"validation_loss": float(-np.log(likely).mean()), "validation_auroc": np.nanmean(auroc(truth, scores))}
 
 
 def auroc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -766,7 +791,8 @@ def spark_settings(mode: str, slots: int) -> dict[str, str]:
         "spark.ui.showConsoleProgress": "true",
     }
     if mode != "synchronous":
-        settings["spark.task.maxFailures"] = "1"  # a task that is run again would apply its updates twice
+        # A task that runs again would apply its updates twice; a stage that runs again, those of tasks that still run.
+        settings.update({"spark.task.maxFailures": "1", "spark.stage.maxConsecutiveAttempts": "1"})
     return settings
 
 
@@ -800,7 +826,7 @@ def start_spark(mode: str) -> Iterator[SparkSession]:
     try:
         yield session
     except Py4JJavaError as error:
-        if "ExecutorLostFailure" not in str(error):
+        if not re.search("ExecutorLostFailure|FetchFailed", str(error)):
             raise
         mend = "give it more spark.executor.memoryOverhead" + (
             "" if mode == MODES[0] else f", or use --mode {MODES[0]}"
@@ -845,6 +871,15 @@ def task_cores(context: SparkContext) -> int:
     return int(context.getConf().get("spark.task.cpus", "1"))
 
 
+def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Executors and task slots, with TensorFlow imported in each, and a port for the parameter server."""
+    executors, slots = count_slots(context)
+    if arguments.mode != MODES[0]:
+        claim_port(context, arguments.port)
+    warm_up(context, slots)
+    return executors, slots
+
+
 def warm_up(context: SparkContext, slots: int) -> None:
     """Import TensorFlow in the executors' Python processes. Raises UserError for a package that a host lacks."""
 
@@ -860,8 +895,9 @@ def warm_up(context: SparkContext, slots: int) -> None:
         raise UserError(f"no {', no '.join(sorted(set(missing)))}: run elephas_libs.sh on each host")
 
 
-def count_partitions(images: int, batch_size: int, wanted: int) -> int:
+def count_partitions(table: pd.DataFrame, batch_size: int, wanted: int) -> int:
     """`wanted`, or as many partitions as have more rows than a batch: Elephas does not train a smaller one."""
+    images = int((table["split"] == "train").sum())
     possible = images // (batch_size + 1)
     if not possible:
         raise UserError(f"{images} training images are too few for --batch-size {batch_size}: use a smaller one")
@@ -882,9 +918,10 @@ def fetch_partition(items: Iterator[tuple], credentials: dict[str, str], bucket:
         yield None, None, str(error)
 
 
-def open_cache(session: SparkSession, uri: str, source: str) -> Optional[str]:
-    """The folder below `uri` with the pixels of `source`; None where other hosts' executors could not read it."""
-    hadoop = session._jvm.org.apache.hadoop.fs
+def open_cache(session: SparkSession, credentials: dict[str, str], arguments: argparse.Namespace) -> Optional[str]:
+    """The cache's folder of this bucket and size; None where other hosts' executors could not read it."""
+    uri, hadoop = arguments.cache, session._jvm.org.apache.hadoop.fs
+    source = f"{credentials.get('endpoint_url')} {arguments.bucket} {arguments.image_size}"
     try:
         files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
         folder = hadoop.Path(files.makeQualified(hadoop.Path(uri)), hashlib.sha256(source.encode()).hexdigest()[:16])
@@ -906,40 +943,53 @@ def ingest(
 
     Pixels stay on the executors: the driver sees names and reasons.
     """
-    context, size, bucket = session.sparkContext, arguments.image_size, arguments.bucket
-    folder = open_cache(session, arguments.cache, f"{credentials.get('endpoint_url')} {bucket} {size}")
-    entries = list(zip(table["key"], table["etag"]))
-    rows = {entry: row for row, entry in enumerate(entries)}
-    cached = set()
-    if folder:
-        known = session.read.schema(SCHEMA).parquet(folder).select("key", "etag").toLocalIterator()
-        cached = {rows[tuple(entry)] for entry in known if tuple(entry) in rows}
+    options = {"credentials": credentials, "bucket": arguments.bucket, "size": arguments.image_size}
+    folder, entries = open_cache(session, credentials, arguments), list(zip(table["key"], table["etag"]))
+    cached = cached_rows(session, folder, entries) if folder else set()
     missing = [(row, key) for row, key in enumerate(table["key"]) if row not in cached]
     print(f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch", flush=True)
-    fetch_them = functools.partial(fetch_partition, credentials=credentials, bucket=bucket, size=size)
-    tasks = slots * max(1, math.ceil(len(missing) / slots / 1000))
-    arrivals = context.parallelize(missing, tasks).mapPartitions(fetch_them).persist(StorageLevel.MEMORY_AND_DISK)
+    tasks = session.sparkContext.parallelize(missing, slots * max(1, math.ceil(len(missing) / slots / 1000)))
+    arrivals = tasks.mapPartitions(functools.partial(fetch_partition, **options))
+    arrivals.persist(StorageLevel.MEMORY_AND_DISK)
     skipped = dict(arrivals.filter(lambda item: item[1] is None).map(lambda item: (item[0], item[2])).collect())
+    leave_out(skipped, table, arguments)
+    pixels = arrivals.filter(lambda item: item[1] is not None).map(lambda item: item[:2])
+    if folder:
+        pixels = through_cache(session, folder, entries, pixels, arguments.image_size)
+    data = divide(pixels, table["split"], arguments.workers)
+    arrivals.unpersist()
+    return data, skipped, len(cached)
+
+
+def cached_rows(session: SparkSession, folder: str, entries: list[tuple]) -> set[int]:
+    """The rows whose (key, etag) the cache holds."""
+    rows = {entry: row for row, entry in enumerate(entries)}
+    known = session.read.schema(SCHEMA).parquet(folder).select("key", "etag").toLocalIterator()
+    return {rows[tuple(entry)] for entry in known if tuple(entry) in rows}
+
+
+def leave_out(skipped: dict[Optional[int], str], table: pd.DataFrame, arguments: argparse.Namespace) -> None:
+    """Mark the unreadable images. Raises UserError when S3 failed, they are too many, or too few are left."""
     if None in skipped:
         raise UserError(skipped[None])
     check_skipped(skipped, table, arguments.max_skipped)
     table.loc[list(skipped), "split"] = "skipped"
     check_splits(table, arguments.batch_size)
-    pixels = arrivals.filter(lambda item: item[1] is not None).map(lambda item: item[:2])
-    if folder and len(missing) > len(skipped):
-        fresh = pixels.map(lambda item: (*entries[item[0]], item[1].tobytes()))
-        # A folder of its own for each run: Spark does not let two append to one at a time.
-        session.createDataFrame(fresh, SCHEMA, verifySchema=False).write.parquet(f"{folder}/run={time.time_ns()}")
-    if folder:
-        stored = session.read.schema(SCHEMA).parquet(folder).rdd.filter(lambda entry: entry[:2] in rows)
-        pixels = stored.map(lambda entry: (rows[entry[:2]], np.frombuffer(entry[2], np.uint8).reshape(size, size)))
     if (table["split"] == "train").sum() // arguments.workers <= arguments.batch_size:
         raise UserError(
             f"{len(skipped)} unreadable images leave too few for {arguments.workers} partitions: use fewer --workers"
         )
-    data = divide(pixels, table["split"], arguments.workers)
-    arrivals.unpersist()
-    return data, skipped, len(cached)
+
+
+def through_cache(session: SparkSession, folder: str, entries: list[tuple], fresh: RDD, size: int) -> RDD:
+    """(row, pixels) of all rows from the cache, once `fresh` is in it."""
+    rows = {entry: row for row, entry in enumerate(entries)}
+    if not fresh.isEmpty():
+        lines = fresh.map(lambda item: (*entries[item[0]], item[1].tobytes()))
+        # A folder of its own for each run: Spark does not let two append to one at a time.
+        session.createDataFrame(lines, SCHEMA, verifySchema=False).write.parquet(f"{folder}/run={time.time_ns()}")
+    stored = session.read.schema(SCHEMA).parquet(folder).rdd.filter(lambda entry: entry[:2] in rows)
+    return stored.map(lambda entry: (rows[entry[:2]], np.frombuffer(entry[2], np.uint8).reshape(size, size)))
 
 
 def divide(pixels: RDD, splits: pd.Series, count: int) -> dict[str, RDD]:
@@ -973,8 +1023,17 @@ def kept_model(model_json: str, cores: int) -> Any:
         worker.kept = worker.model_from_json(model_json)
         speed_up(worker.kept)
         worker.kept.compile = lambda **options: None
+        worker.kept.fit = functools.partial(fit_in_batches, worker.kept.fit)
         worker.model_from_json = lambda *arguments: worker.kept
     return worker.kept
+
+
+def fit_in_batches(
+    fit: Callable, pixels: np.ndarray, truth: np.ndarray, batch_size: int, shuffle: bool = True, **options: Any
+) -> Any:
+    """What Keras' `fit` does with arrays, by `batches`: for arrays it traces anew where rows are left over."""
+    rows = np.random.permutation(len(pixels)) if shuffle else np.arange(len(pixels))
+    return fit(batches(pixels, truth, rows, batch_size), **options)
 
 
 def carry_optimizer(model: Any) -> None:
@@ -1002,7 +1061,7 @@ def training_rows(
     model, rows, random = keep(), sorted(rows), np.random.default_rng([*seeds, TaskContext.get().partitionId()])
     make_ready(model)
     model.get_layer("dropout").seed_generator.state.assign(random.integers(2**31, size=2))
-    return ((rows[i][1][..., np.newaxis], truth.value[rows[i][0]]) for i in random.permutation(len(rows)))
+    return ((rows[i][1], truth.value[rows[i][0]]) for i in random.permutation(len(rows)))
 
 
 def prediction_rows(rows: Iterator[tuple], keep: Callable, weights: Broadcast, batch_size: int) -> Iterator[tuple]:
@@ -1012,8 +1071,9 @@ def prediction_rows(rows: Iterator[tuple], keep: Callable, weights: Broadcast, b
         return iter(())
     for variable, value in zip(model.weights, weights.value):
         variable.assign(value)
-    images = np.stack([image for _, image in rows])[..., np.newaxis]
-    return zip((row for row, _ in rows), model.predict(images, batch_size=batch_size, verbose=0))
+    pixels, none = np.stack([image for _, image in rows]), np.zeros((len(rows), len(LABELS)), np.float32)
+    images = batches(pixels, none, np.arange(len(rows)), batch_size)
+    return zip((row for row, _ in rows), model.predict(images, verbose=0))
 
 
 def distributed_steps(
@@ -1104,30 +1164,73 @@ def claim_port(context: SparkContext, port: int) -> None:
     os.environ["SPARK_LOCAL_IP"] = host
 
 
+def guard(server: Any, shapes: list[tuple]) -> None:
+    """Mend Elephas' parameter server: `shapes` are those of an update, all else is refused.
+
+    As it is, it keeps its lock when a request fails or stalls, and the run hangs; it takes weights of any shape; it
+    outlives a driver that is killed; and it offers everyone on the network a Python console.
+    """
+    import flask
+    from elephas.parameter import server as module
+
+    driver, read = os.getpid(), module.bytes_to_weights
+
+    def checked(data: bytes) -> list[np.ndarray]:
+        try:
+            weights = read(data)
+        except Exception:  # noqa: BLE001  whatever NumPy makes of bytes from anywhere
+            weights = []
+        return weights if [array.shape for array in weights] == shapes else flask.abort(400)
+
+    def locked(handle: Callable, acquire: Callable) -> Callable:
+        @functools.wraps(handle)
+        def answer() -> Any:
+            flask.request.get_data()  # before the lock: one that sends half a request must not hold it
+            acquire()
+            try:
+                return handle()
+            finally:
+                server.lock.release()
+
+        return answer if server.mode == "asynchronous" else handle
+
+    def serve() -> None:
+        threading.Thread(target=end_with, args=(driver,), daemon=True).start()
+        server.start_flask_service()
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
+    module.bytes_to_weights, server.make_threadsafe_if_necessary, server.debug = checked, locked, False
+    server.server = multiprocessing.Process(target=serve, daemon=True)
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def fit_asynchronously(
     context: SparkContext, model: Any, prepared: Callable, arguments: argparse.Namespace
 ) -> pd.DataFrame:
-    """Train all epochs in one fit of Elephas, in which no worker waits for another: epoch, loss, seconds.
+    """Train all epochs in one fit of Elephas, in which no worker waits for another: epoch, loss, seconds."""
+    from elephas.spark_model import AsynchronousSparkModel
+
+    options = {"mode": arguments.mode, "frequency": "epoch", "parameter_server_mode": "http", "port": arguments.port}
+    spark_model, reports = AsynchronousSparkModel(model, **options), context.accumulator([], Gathered())
+    guard(spark_model.parameter_server, [weight.shape for weight in model.get_weights()])
+    follow, start = functools.partial(follow_epochs, workers=arguments.workers, reports=reports), time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        rows = prepared(follow, epoch=1)
+        spark_model.fit(rows, epochs=arguments.epochs, batch_size=arguments.batch_size, verbose=0)
+    return gather(model, reports.value, time.perf_counter() - start)
+
+
+def gather(model: Any, reports: list[tuple], seconds: float) -> pd.DataFrame:
+    """epoch, loss, seconds of what follow_epochs reports; and the mean of the workers' moving statistics in `model`.
 
     An epoch's seconds end when the last worker has done it.
     """
-    from elephas.spark_model import AsynchronousSparkModel
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the server would outlive this process
-    options = {"mode": arguments.mode, "frequency": "epoch", "parameter_server_mode": "http", "port": arguments.port}
-    spark_model, reports = AsynchronousSparkModel(model, **options), context.accumulator([], Gathered())
-    spark_model.parameter_server.debug = False  # a Python console for everyone on the network
-    follow, start = functools.partial(follow_epochs, workers=arguments.workers, reports=reports), time.perf_counter()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            rows = prepared(follow, epoch=1)
-            spark_model.fit(rows, epochs=arguments.epochs, batch_size=arguments.batch_size, verbose=0)
-    finally:
-        with contextlib.suppress(ValueError, AttributeError):  # stopped by Elephas, or not started
-            spark_model.parameter_server.stop()
-    seconds = time.perf_counter() - start
-    report = pd.DataFrame(reports.value, columns=["place", "loss", "end", "statistics"])
+    report = pd.DataFrame(reports, columns=["place", "loss", "end", "statistics"])
     report["epoch"] = report.groupby("place").cumcount() + 1
     for variable, *values in zip(model.non_trainable_weights, *report.groupby("place")["statistics"].last()):
         variable.assign(np.mean(values, axis=0))
@@ -1142,25 +1245,27 @@ def validate_once(history: pd.DataFrame, folder: Path, truth: dict[str, np.ndarr
     start, last = time.perf_counter(), history.index[-1]
     if not np.isfinite(history["loss"]).all():
         raise UserError("the loss is not a number: use a smaller --learning-rate")
-    scores = predict("validation").clip(1e-7, 1 - 1e-7)
-    history.loc[last, "validation_loss"] = -np.log(np.where(truth["validation"] == 1, scores, 1 - scores)).mean()
-    history.loc[last, "validation_auroc"] = np.nanmean(auroc(truth["validation"], scores))
+    scored = validate(truth["validation"], predict("validation"))
+    for place, (name, value) in enumerate(scored.items(), 2):
+        history.insert(place, name, [math.nan] * last + [value])
     history["images_per_second"] = len(truth["train"]) / history["seconds"]
-    history.loc[last, "validation_seconds"] = time.perf_counter() - start
-    order = ["epoch", "loss", "validation_loss", "validation_auroc", "seconds"]
-    history = history[[*order, "images_per_second", "validation_seconds"]]
+    history["validation_seconds"] = [math.nan] * last + [time.perf_counter() - start]
     write(folder / "history.csv", history.to_csv(index=False))
     print(history.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
     return history
 
 
-def main() -> None:
+def elephas_parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__)
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="how Elephas trains [%(default)s]")
     parser.add_argument("--workers", metavar="N", type=number(int, 1), help="partitions to train on [one a task slot]")
     port = {"metavar": "N", "type": number(int, 1, 65535), "default": 4000}
     parser.add_argument("--port", help="of the parameter server, which synchronous has none of [%(default)s]", **port)
-    arguments, seconds = parser.parse_args(), {}
+    return parser
+
+
+def main() -> None:
+    arguments, seconds = elephas_parser().parse_args(), {}
     if arguments.resume and arguments.mode != MODES[0]:
         raise UserError(f"--mode {arguments.mode} has no checkpoints to --resume from: start a new run")
     with timed(seconds, "ingest"):
@@ -1169,15 +1274,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         with timed(seconds, "setup"):
             session = stack.enter_context(start_spark(arguments.mode))
-            context = session.sparkContext
-            if arguments.mode != MODES[0]:
-                claim_port(context, arguments.port)
-            executors, slots = count_slots(context)
-            warm_up(context, slots)
-        images = int((table["split"] == "train").sum())
-        arguments.workers = count_partitions(images, arguments.batch_size, arguments.workers or slots)
-        folder, config = open_run(arguments, table)
-        with timed(seconds, "setup"):
+            context, (executors, slots) = session.sparkContext, ready_slots(session.sparkContext, arguments)
+            arguments.workers = count_partitions(table, arguments.batch_size, arguments.workers or slots)
+            folder, config = open_run(arguments, table)
             import_tensorflow()
             model = build_cnn(arguments, truth_by_split(table)["train"])
             # The mean of N workers' steps goes an Nth of the way of one worker's N: Goyal et al., arXiv:1706.02677.

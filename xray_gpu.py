@@ -495,6 +495,24 @@ def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = Fals
     return model
 
 
+def batches(pixels: np.ndarray, truth: np.ndarray, rows: np.ndarray, batch_size: int) -> Any:
+    """A tf.data.Dataset of uint8 (b, size, size, 1) and float32 (b, 15), over `rows` in their order."""
+    import tensorflow as tf
+
+    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            yield pixels[chosen, :, :, np.newaxis], truth[chosen]
+
+    image = tf.TensorSpec((None, *pixels.shape[1:], 1), tf.uint8)
+    data = tf.data.Dataset.from_generator(generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32)))
+    data = data.apply(tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))).prefetch(2)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # one machine
+    return data.with_options(options)
+
+
 # ==== metrics and run folder ====
 
 
@@ -584,14 +602,13 @@ def train_epochs(
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch} is {loss}: use a smaller --learning-rate")
-        scores = predict("validation").clip(1e-7, 1 - 1e-7)
+        scored = validate(truth["validation"], predict("validation"))
         with replacing(folder / f"checkpoint-{epoch}.weights.h5") as partial:
             model.save_weights(partial)
         row = {
             "epoch": epoch,
             "loss": loss,
-            "validation_loss": float(-np.log(np.where(truth["validation"] == 1, scores, 1 - scores)).mean()),
-            "validation_auroc": np.nanmean(auroc(truth["validation"], scores)),
+            **scored,
             "seconds": seconds,
             "images_per_second": len(truth["train"]) / seconds,
             "validation_seconds": time.perf_counter() - start - seconds,
@@ -603,6 +620,12 @@ def train_epochs(
             checkpoint.unlink()
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return history
+
+
+def validate(truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Mean binary cross-entropy and mean AUROC of probabilities (n, 15)."""
+    likely = np.where(truth == 1, scores, 1 - scores).clip(1e-7)
+    return {"validation_loss": float(-np.log(likely).mean()), "validation_auroc": np.nanmean(auroc(truth, scores))}
 
 
 def auroc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -767,24 +790,6 @@ def ingest(client: Any, arguments: argparse.Namespace, table: pd.DataFrame) -> t
 
 
 # ==== training with Keras ====
-
-
-def batches(pixels: np.ndarray, truth: np.ndarray, rows: np.ndarray, batch_size: int) -> Any:
-    """A tf.data.Dataset of uint8 (b, size, size, 1) and float32 (b, 15), over `rows` in their order."""
-    import tensorflow as tf
-
-    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            yield pixels[chosen, :, :, np.newaxis], truth[chosen]
-
-    image = tf.TensorSpec((None, *pixels.shape[1:], 1), tf.uint8)
-    data = tf.data.Dataset.from_generator(generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32)))
-    data = data.apply(tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))).prefetch(2)
-    options = tf.data.Options()
-    options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # one machine
-    return data.with_options(options)
 
 
 def training_steps(

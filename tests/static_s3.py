@@ -1,0 +1,76 @@
+"""An S3 server of many keys and few objects, for benchmark.py: it costs little CPU, and each answer comes late.
+
+moto's server takes several milliseconds of a core for each image, next to which two workers' decoding could not be
+measured. This one knows two requests, the list of a bucket and an object, and checks no signature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from urllib.parse import parse_qs, unquote, urlsplit
+
+PAGE = 1000  # keys in an answer of S3
+
+
+def list_keys(keys: list[str], query: dict[str, list[str]]) -> bytes:
+    """ListObjectsV2's answer: the keys from the token on that begin with the prefix."""
+    keys = [key for key in keys if key.startswith(query.get("prefix", [""])[0])]
+    first = int(query.get("continuation-token", ["0"])[0])
+    last = first + min(PAGE, int(query.get("max-keys", [PAGE])[0]))
+    more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(keys) else ""
+    entries = (f'<Contents><Key>{key}</Key><ETag>"{key}"</ETag></Contents>' for key in keys[first:last])
+    space, cut = "http://s3.amazonaws.com/doc/2006-03-01/", str(bool(more)).lower()
+    return (
+        f'<ListBucketResult xmlns="{space}"><IsTruncated>{cut}</IsTruncated>{more}{"".join(entries)}</ListBucketResult>'
+    ).encode()
+
+
+async def answer(
+    objects: dict[str, bytes], seconds: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer the requests of one connection, each after `seconds`."""
+    keys = sorted(objects)
+    while not reader.at_eof():
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            break
+        place = urlsplit(head.split(b" ", 2)[1].decode())
+        _, _, key = unquote(place.path)[1:].partition("/")
+        body = objects[key] if key else list_keys(keys, parse_qs(place.query))
+        await asyncio.sleep(seconds)
+        writer.write(b'HTTP/1.1 200 OK\r\nETag: "%s"\r\nContent-Length: %d\r\n\r\n' % (key.encode(), len(body)))
+        writer.write(body)
+        await writer.drain()
+    writer.close()
+
+
+def serve_objects(objects: dict[str, bytes], seconds: float, started: Connection) -> None:
+    """Serve until the process is killed; the port is sent to `started`."""
+
+    async def run() -> None:
+        async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await answer(objects, seconds, reader, writer)
+
+        server = await asyncio.start_server(client, "127.0.0.1", 0)
+        started.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
+@contextmanager
+def static_s3(objects: dict[str, bytes], seconds: float) -> Iterator[str]:
+    """A process that serves `objects` by key, in a bucket of any name, `seconds` late each: yields its endpoint URL."""
+    ours, its = multiprocessing.Pipe()
+    server = multiprocessing.get_context("fork").Process(target=serve_objects, args=(objects, seconds, its))
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}"
+    finally:
+        server.kill()
+        server.join()
