@@ -163,7 +163,7 @@ def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint
     assert len(here) == len(blocks(PAGE)) - 5
 
     def run(commands: list[str]) -> str:
-        script = "set -euxo pipefail\n" + "\n".join(commands) + "\ndeclare -p BUCKET CLUSTER INSTANCE > state\n"
+        script = "set -euxo pipefail\n" + "\n".join(commands) + "\ndeclare -p AWS_DEFAULT_REGION BUCKET CLUSTER > state\n"
         command = ["bash", "-c", script]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

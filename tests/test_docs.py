@@ -88,7 +88,7 @@ def test_readmes_table_has_the_options_and_their_defaults() -> None:
     assert [name for name, _ in rows] == list(actions)
     for name, shown in rows:
         default = actions[name].default
-        if default in (None, False):
+        if default is None or default is False:
             assert shown in ("", "all", "`runs/<script>-<UTC time>`"), name
         elif isinstance(default, str):
             assert shown.strip("`/") == default.strip("/"), name
