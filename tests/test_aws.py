@@ -17,7 +17,7 @@ import boto3
 import botocore.session
 import pytest
 from botocore.validate import ParamValidator
-from helpers import ROOT
+from helpers import ROOT, SHELLCHECK
 from sample_bucket import serve
 
 PAGE = ROOT / "docs" / "aws.md"
@@ -110,10 +110,9 @@ def test_the_pages_commands_are_bash(page: Path) -> None:
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
 def test_shellcheck_of_the_pages_commands() -> None:
     script = "#!/usr/bin/env bash\n" + "\n".join(blocks(PAGE))
-    checked = subprocess.run(["shellcheck", "-e", "SC1091", "-"], input=script, text=True, stdout=subprocess.PIPE)
+    checked = subprocess.run([SHELLCHECK, "-e", "SC1091", "-"], input=script, text=True, stdout=subprocess.PIPE)
     assert checked.returncode == 0, checked.stdout
 
 
@@ -163,7 +162,9 @@ def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint
     assert len(here) == len(blocks(PAGE)) - 5
 
     def run(commands: list[str]) -> str:
-        script = "set -euxo pipefail\n" + "\n".join(commands) + "\ndeclare -p AWS_DEFAULT_REGION BUCKET CLUSTER > state\n"
+        script = (
+            "set -euxo pipefail\n" + "\n".join(commands) + "\ndeclare -p AWS_DEFAULT_REGION BUCKET CLUSTER > state\n"
+        )
         command = ["bash", "-c", script]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
