@@ -43,15 +43,18 @@ def choose(predictions: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
     return predictions.loc[chosen]
 
 
-def findings(row: pd.Series, thresholds: dict[str, float | None]) -> list[tuple[str, str, float]]:
-    """(kind, label, probability) of what is true or predicted of an image: found, missed, then the false alarms."""
+def findings(row: pd.Series, thresholds: dict[str, float | None]) -> list[tuple[str, str]]:
+    """(kind, text) of what is true or predicted of an image: found, missed, then the false alarms."""
     told = []
     for label, threshold in thresholds.items():
         true, probability = row[f"true {label}"] == 1, row[f"probability {label}"]
         predicted = threshold is not None and probability >= threshold
         if true or predicted:
-            told.append(("found" if true and predicted else "missed" if true else "false alarm", label, probability))
-    return sorted(told, key=lambda entry: (list(KINDS).index(entry[0]), -entry[2]))
+            kind = "found" if true and predicted else "missed" if true else "false alarm"
+            sign = "" if threshold is None else f" {'≥' if predicted else '<'} {threshold:.3f}"
+            told.append((kind, -probability, f"{label.replace('_', ' ')} {probability:.3f}{sign}"))
+    told.sort(key=lambda entry: (list(KINDS).index(entry[0]), *entry[1:]))
+    return [(kind, text) for kind, _, text in told]
 
 
 def read_pixels(cache: Path, config: dict, images: list[str]) -> list[np.ndarray]:
@@ -72,20 +75,17 @@ def read_pixels(cache: Path, config: dict, images: list[str]) -> list[np.ndarray
     return found
 
 
-def draw_film(axes: Axes, pixels: np.ndarray, name: str, told: list[tuple[str, str, float]], lines: int) -> None:
+def draw_film(axes: Axes, pixels: np.ndarray, name: str, told: list[tuple[str, str]], lines: int) -> None:
     """One radiograph, and below it its findings, at most `lines`."""
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
     axes.set_title(name, fontsize=9, color="#555555")
     axes.set_axis_off()
     if len(told) > lines:
-        rest = len(told) - lines + 1
-        told = [*told[: lines - 1], ("false alarm", f"{rest} more", np.nan)]
-    for line, (kind, label, probability) in enumerate(told):
+        told = [*told[: lines - 1], ("false alarm", f"{len(told) - lines + 1} more")]
+    for line, (kind, text) in enumerate(told):
         mark, color = KINDS[kind]
-        number = "" if np.isnan(probability) else f" {probability:.2f}"
-        place = {"xy": (0, 0), "xytext": (0, -6 - 13 * line), "textcoords": "offset points", "va": "top"}
-        text = f"{mark} {label.replace('_', ' ')}{number}"
-        axes.annotate(text, xycoords="axes fraction", color=color, fontsize=10, annotation_clip=False, **place)
+        place = {"xy": (0, 0), "xytext": (0, -6 - 12 * line), "textcoords": "offset points", "va": "top"}
+        axes.annotate(f"{mark} {text}", xycoords="axes fraction", color=color, fontsize=8.5, **place)
 
 
 def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list[list], title: str) -> None:
@@ -93,12 +93,10 @@ def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list
     lines = min(max(map(len, told)), 7)
     rows = -(-len(films) // COLUMNS)
     height = 2.3 + 0.2 * lines
-    figure = Figure(figsize=(2.3 * COLUMNS, height * rows + 0.8))
+    figure = Figure(figsize=(2.3 * COLUMNS, height * rows + 0.55))
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
-    space = 1 - 0.8 / (height * rows + 0.8)
-    figure.subplots_adjust(
-        0.01, 0.2 * lines / height / rows * space, 0.99, space - 0.02, 0.06, (0.2 * lines + 0.3) / 2.1
-    )
+    space = 1 - 0.55 / (height * rows + 0.55)
+    figure.subplots_adjust(0.01, 0.2 * lines / height / rows * space, 0.99, space, 0.06, (0.2 * lines + 0.3) / 2.1)
     for axes in grid.flat[len(films) :]:
         axes.set_axis_off()
     for axes, pixels, name, entries in zip(grid.flat, films, names, told):
@@ -129,7 +127,7 @@ def main(words: list[str] | None = None) -> int:
         return 2
     told = [findings(row, metrics["thresholds"]) for _, row in chosen.iterrows()]
     size = config["arguments"]["image_size"]
-    title = f"Test images as the network sees them, {size} × {size} pixels; the number is its probability"
+    title = f"Test images as the network sees them, {size} × {size} pixels: probability and threshold"
     draw_sheet(arguments.output, films, names, told, title)
     return 0
 

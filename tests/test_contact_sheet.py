@@ -24,10 +24,10 @@ def test_findings_are_told_apart() -> None:
     )
     thresholds = {"Mass": 0.5, "Edema": 0.3, "Hernia": 0.8, "Nodule": 0.2, "Effusion": None}
     assert findings(row, thresholds) == [
-        ("found", "Mass", 0.5),
-        ("missed", "Effusion", 0.9),  # no threshold: never predicted
-        ("missed", "Edema", 0.2),
-        ("false alarm", "Hernia", 0.9),
+        ("found", "Mass 0.500 ≥ 0.500"),
+        ("missed", "Effusion 0.900"),  # no threshold: never predicted
+        ("missed", "Edema 0.200 < 0.300"),
+        ("false alarm", "Hernia 0.900 ≥ 0.800"),
     ]
 
 
