@@ -21,6 +21,7 @@ import xray_tensorflow as xray
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "xray_tensorflow.py"
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SECRETS = {"aws_secret_key_id": "Tru5tNo0neWithThis", "aws_session_token": "T0kenToKeepToOneself"}
 # A run of the whole sample in seconds, most of which TensorFlow takes to start and to trace its graph.
 QUICK = ["--weights", "none", "--image-size", "32", "--epochs", "3", "--batch-size", "8", "--learning-rate", "1e-3"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SHELLCHECK
 from test_house import requirements
 
 SCRIPT = ROOT / "elephas_libs.sh"
@@ -143,6 +143,5 @@ def test_twice_in_a_venv_with_the_real_pip(host: Host, tmp_path: Path) -> None:
         assert sorted(library.iterdir()) == before
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
 def test_shellcheck() -> None:
-    subprocess.run(["shellcheck", SCRIPT], check=True)
+    subprocess.run([SHELLCHECK, SCRIPT], check=True)
