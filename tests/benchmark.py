@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_peers as peers
-import helpers
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -40,6 +39,10 @@ from sample_bucket import LABELS as SAMPLE_LABELS
 from static_s3 import static_s3
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts stand beside tests/, in no package
+
+import helpers  # noqa: E402
+
 RESULTS = ROOT / "docs" / "results.md"
 LATENCY = 0.05  # seconds of a GET: what S3 takes for its first byte
 
