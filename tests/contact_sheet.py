@@ -86,8 +86,8 @@ def draw_film(axes: Axes, pixels: np.ndarray, name: str, told: list[tuple[str, s
     for line, (kind, text) in enumerate(told):
         mark, color = KINDS[kind]
         below = (0, -6 - 12 * line)  # points
-        style = {"color": color, "fontsize": 8.5, "va": "top"}
-        axes.annotate(f"{mark} {text}", (0, 0), below, "axes fraction", "offset points", **style)
+        place = axes.annotate(f"{mark} {text}", (0, 0), below, "axes fraction", "offset points")
+        place.set(color=color, fontsize=8.5, va="top")
 
 
 def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list[list], title: str) -> None:
