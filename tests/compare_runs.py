@@ -100,7 +100,7 @@ def table(runs: list[Run], base: Run) -> str:
 
 def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
     """A bar a run, as long as its speed-up; the sequential run's ends at 1."""
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(runs)), layout="constrained")
     axes = figure.subplots()
     speed_ups = [run.speed / base.speed for run in runs]
     bars = axes.barh(range(len(runs)), speed_ups, color=["#999999" if run is base else "#0072B2" for run in runs])
@@ -109,8 +109,9 @@ def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
     )
     axes.set_yticks(range(len(runs)), [run.target for run in runs])
     axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
     axes.axvline(1, color="black", linewidth=1, linestyle=":")
-    axes.set(xlabel="training speed, times that of one CPU thread", xlim=(0, max(speed_ups) * 1.35))
+    axes.set(xlabel="training speed, times that of one CPU thread", xlim=(0, max(speed_ups) * 1.6))
     figure.savefig(path, dpi=120)
 
 

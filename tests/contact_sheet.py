@@ -35,7 +35,8 @@ class SheetError(Exception):
 
 def choose(predictions: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
     """A row a label that some image has, drawn from those with the label; no image twice."""
-    random, chosen = np.random.default_rng(0), []
+    random = np.random.default_rng(0)
+    chosen: list[int] = []
     for label in labels:
         rows = predictions.index[predictions[f"true {label}"] == 1].difference(chosen)
         if len(rows):
@@ -84,8 +85,9 @@ def draw_film(axes: Axes, pixels: np.ndarray, name: str, told: list[tuple[str, s
         told = [*told[: lines - 1], ("false alarm", f"{len(told) - lines + 1} more")]
     for line, (kind, text) in enumerate(told):
         mark, color = KINDS[kind]
-        place = {"xy": (0, 0), "xytext": (0, -6 - 12 * line), "textcoords": "offset points", "va": "top"}
-        axes.annotate(f"{mark} {text}", xycoords="axes fraction", color=color, fontsize=8.5, **place)
+        below = (0, -6 - 12 * line)  # points
+        place = axes.annotate(f"{mark} {text}", (0, 0), below, "axes fraction", "offset points")
+        place.set(color=color, fontsize=8.5, va="top")
 
 
 def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list[list], title: str) -> None:

@@ -70,8 +70,8 @@ def test_the_cluster_is_one_that_emr_takes(endpoint: str) -> None:
 
 def test_an_executor_fits_a_node() -> None:
     """By the table of docs/aws.md: 12,288 MB a node, of which YARN's application master takes 896 on one."""
-    overhead = re.search(r"(\d+) \+ WORKER_MB \* slots", (ROOT / "xray_elephas.py").read_text())[1]
-    worker = re.search(r"(?m)^WORKER_MB = (\d+)", (ROOT / "xray_elephas.py").read_text())[1]
+    (overhead,) = re.findall(r"(\d+) \+ WORKER_MB \* slots", (ROOT / "xray_elephas.py").read_text())
+    (worker,) = re.findall(r"(?m)^WORKER_MB = (\d+)", (ROOT / "xray_elephas.py").read_text())
     (spark,) = document("emr_cluster.json")["Configurations"]
     heap = spark["Properties"]["spark.executor.memory"]
     assert heap == "3g"
@@ -140,7 +140,7 @@ def desk(tmp_path: Path, endpoint: str) -> tuple[Path, dict[str, str]]:
     return folder, {
         "HOME": str(tmp_path),
         "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "REAL_AWS": shutil.which("aws"),
+        "REAL_AWS": str(shutil.which("aws")),
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "x",

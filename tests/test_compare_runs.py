@@ -62,7 +62,7 @@ def test_the_table_and_the_chart(
         ["2 CPU threads", "80.0", "1.60", *scores, "12.5", "3.0"],
     ]
     with Image.open("speedup.png") as chart:
-        assert chart.size == (960, 384)
+        assert chart.size == (1080, 384)
 
 
 @pytest.mark.parametrize(
