@@ -107,14 +107,16 @@ def publish(group: str, tables: str) -> None:
 
 # ---- training steps ----
 
+# TensorFlow turns oneDNN's kernels on by itself where the CPU has these instructions.
+VNNI = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
 TRAINERS = {
     "our_training": "xray_tensorflow.py",
-    "stock_keras": "stock Keras, default environment",
-    "stock_keras_with_onednn": "stock Keras, `TF_ENABLE_ONEDNN_OPTS=1`",
+    "stock_keras": f"stock Keras, default environment (oneDNN {'on' if VNNI else 'off'} on this CPU)",
+    "stock_keras_without_onednn": "stock Keras, `TF_ENABLE_ONEDNN_OPTS=0`: the default on CPUs without AVX-512 VNNI",
     "pytorch": "PyTorch eager",
     "pytorch_channels_last": "PyTorch eager, channels last",
 }
-GOALS = {"stock_keras": 2.0, "pytorch": 1.0, "pytorch_channels_last": 1.0}
+GOALS = {"stock_keras": 2.0, "stock_keras_without_onednn": 2.0, "pytorch": 1.0, "pytorch_channels_last": 1.0}
 
 
 def steps() -> str:
