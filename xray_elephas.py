@@ -367,7 +367,10 @@ def truth_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def decode(data: bytes, size: int) -> np.ndarray:
     """Grey uint8 pixels (size, size) of an image of any mode. Pillow raises many kinds of error for broken files."""
+    Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding ignores
     image = Image.open(io.BytesIO(data))
+    if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.asarray(image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
@@ -379,7 +382,7 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
     Raises UserError when S3 itself fails, which is not the image's fault.
     """
 
-    def fetch_one(item: tuple[int, str]) -> tuple:
+    def fetch_one(item: tuple[int, str], again: bool = True) -> tuple:
         try:
             data = fetch(client, bucket, item[1])
         except client.exceptions.NoSuchKey:
@@ -387,9 +390,11 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         try:
             return item[0], decode(data, size), ""
         except UnidentifiedImageError:  # its text holds a memory address
-            return item[0], None, "not an image"
+            reason = "not an image"
         except Exception as error:  # noqa: BLE001  whatever Pillow makes of a bad file, the run goes on
-            return item[0], None, f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+        # The file may be whole, and what came cut short together with its Content-Length: then a second one differs.
+        return fetch_one(item, again=False) if again else (item[0], None, reason)
 
     with s3_errors(bucket, "an image"), ThreadPool(FETCH_THREADS) as pool:
         yield from pool.imap_unordered(fetch_one, keys.items())

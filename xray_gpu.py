@@ -346,7 +346,10 @@ def truth_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def decode(data: bytes, size: int) -> np.ndarray:
     """Grey uint8 pixels (size, size) of an image of any mode. Pillow raises many kinds of error for broken files."""
+    Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding ignores
     image = Image.open(io.BytesIO(data))
+    if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.asarray(image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
@@ -358,7 +361,7 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
     Raises UserError when S3 itself fails, which is not the image's fault.
     """
 
-    def fetch_one(item: tuple[int, str]) -> tuple:
+    def fetch_one(item: tuple[int, str], again: bool = True) -> tuple:
         try:
             data = fetch(client, bucket, item[1])
         except client.exceptions.NoSuchKey:
@@ -366,9 +369,11 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         try:
             return item[0], decode(data, size), ""
         except UnidentifiedImageError:  # its text holds a memory address
-            return item[0], None, "not an image"
+            reason = "not an image"
         except Exception as error:  # noqa: BLE001  whatever Pillow makes of a bad file, the run goes on
-            return item[0], None, f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+        # The file may be whole, and what came cut short together with its Content-Length: then a second one differs.
+        return fetch_one(item, again=False) if again else (item[0], None, reason)
 
     with s3_errors(bucket, "an image"), ThreadPool(FETCH_THREADS) as pool:
         yield from pool.imap_unordered(fetch_one, keys.items())
@@ -736,19 +741,43 @@ def open_cache(path: Path) -> sqlite3.Connection:
     return cache
 
 
+def set_aside(path: Path) -> None:
+    """Rename a damaged cache, and say so. Its log goes with it: SQLite would replay that into the next cache."""
+    aside = path.with_name(f"damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{path.name}")
+    for ending in ("", "-wal", "-shm"):
+        if Path(f"{path}{ending}").exists():
+            Path(f"{path}{ending}").rename(f"{aside}{ending}")
+    print(f"{path} is damaged or no pixel cache: it is now {aside}, and a new cache is made", flush=True)
+
+
 def ingest(client: Any, arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[np.ndarray, dict[int, str], int]:
+    """What fill_pixels gives; a cache that is damaged is set aside, and all is fetched again."""
+    path = Path(arguments.cache, "pixels.sqlite")
+    try:
+        return fill_pixels(client, arguments, table, path)
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite may quote the damage
+        if isinstance(error, sqlite3.OperationalError):  # a full disk, no rights: no fault of the file
+            raise
+    set_aside(path)
+    return fill_pixels(client, arguments, table, path)
+
+
+def fill_pixels(
+    client: Any, arguments: argparse.Namespace, table: pd.DataFrame, path: Path
+) -> tuple[np.ndarray, dict[int, str], int]:
     """Pixels (n, size, size) uint8 of all rows, {row: reason} of the unreadable ones, and how many were cached."""
     size, bucket = arguments.image_size, arguments.bucket
     if len(table) * size**2 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(f"{len(table)} images of {size} x {size} are more than this machine's memory: use --limit")
     pixels, skipped, missing = np.empty((len(table), size, size), np.uint8), {}, {}
     source = f"{client.meta.endpoint_url}/{bucket}"
-    with contextlib.closing(open_cache(Path(arguments.cache, "pixels.sqlite"))) as cache:
-        query = "SELECT etag, crc, pixels FROM pixels WHERE source = ? AND key = ? AND size = ?"
+    with contextlib.closing(open_cache(path)) as cache:
+        # The text is compared by SQLite, and the cast is for damage too: Python would fail on text that is not UTF-8.
+        what = "crc, CAST(pixels AS BLOB) FROM pixels WHERE source = ? AND key = ? AND size = ? AND etag = ?"
         for row, (key, etag) in enumerate(zip(table["key"], table["etag"])):
-            hit = cache.execute(query, (source, key, size)).fetchone()
-            if hit and hit[:2] == (etag, zlib.crc32(hit[2])):
-                pixels[row] = np.frombuffer(hit[2], np.uint8).reshape(size, size)
+            hit = cache.execute(f"SELECT {what}", (source, key, size, etag)).fetchone()
+            if hit and hit[1] and hit[0] == zlib.crc32(hit[1]):
+                pixels[row] = np.frombuffer(hit[1], np.uint8).reshape(size, size)
             else:
                 missing[row] = key
         cached = len(table) - len(missing)

@@ -1,0 +1,115 @@
+"""A run killed at any moment: what is in the run folder is whole, and the next run ends as one that was not killed.
+
+By default a few moments of each kind; all of them: pytest -m slow tests/test_kills.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import sqlite3
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import victim
+from helpers import QUICK
+from PIL import Image
+
+IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
+BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 of training and 6 of validation
+BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file, of 6.6 MB
+EVENTS = range(1, 21)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
+ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
+MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
+FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), *(("event", n) for n in (3, 8, 11, 14, 18))}
+MARKED = [pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS]
+
+
+class Unbroken(NamedTuple):
+    options: list[Any]  # with a full cache
+    folder: Path
+    result: dict
+
+
+@pytest.fixture(scope="module")
+def unbroken(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """A run that nothing has killed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    options = ["--credentials", credentials, *QUICK, "--epochs", 2, "--cache", folder / "cache"]
+    ended = victim.run([*options, "--output", folder / "run"], folder / "screen")
+    assert ended.code == 0, ended.stderr
+    return Unbroken(options, folder / "run", json.loads(ended.stdout.splitlines()[-1]))
+
+
+def stored(cache: Path) -> int:
+    with contextlib.closing(sqlite3.connect(cache / "pixels.sqlite")) as open_:
+        return open_.execute("SELECT count(*) FROM pixels").fetchone()[0]
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """All that a checkpoint holds."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]}) if hasattr(item, "shape") else None)
+    return found
+
+
+def losses(folder: Path) -> pd.DataFrame:
+    rows = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+    return rows[["epoch", "loss", "validation_loss", "validation_auroc"]]
+
+
+def check_whole(folder: Path, unbroken: Path) -> int:
+    """Fail where a file has anything but its whole content. Returns how many epochs have ended."""
+    names = {path.name for path in folder.glob("[!.]*")}
+    for name in names & {"skipped.csv", "predictions.csv"}:
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
+    for name in names & {"config.json", "metrics.json"}:
+        assert json.loads((folder / name).read_text()).keys() == json.loads((unbroken / name).read_text()).keys()
+    for name in names & {"model.keras"}:
+        assert zipfile.ZipFile(folder / name).testzip() is None
+    for name in names & {"report.png"}:
+        Image.open(folder / name).load()
+    for name in names & {"checkpoint-1.weights.h5", "checkpoint-2.weights.h5"}:
+        assert arrays(folder / name)
+    if "history.csv" not in names:
+        return 0
+    rows = losses(folder)
+    pd.testing.assert_frame_equal(rows, losses(unbroken)[: len(rows)], check_exact=True)
+    assert f"checkpoint-{len(rows)}.weights.h5" in names
+    return len(rows)
+
+
+@pytest.mark.parametrize("moment", MARKED, ids="{0[0]} {0[1]}".format)
+def test_a_killed_run_ends_as_an_unbroken_one(unbroken: Unbroken, tmp_path: Path, moment: victim.Moment) -> None:
+    folder, options = tmp_path / "run", [*unbroken.options, "--output", tmp_path / "run"]
+    if moment[0] == "image":
+        options[options.index("--cache") + 1] = tmp_path / "cache"
+    killed = victim.run(options, tmp_path / "killed", moment)
+    assert killed.code == (-signal.SIGXFSZ if moment[0] == "byte" else -signal.SIGKILL), killed.stderr
+    epochs = check_whole(folder, unbroken.folder)
+    fetched = stored(tmp_path / "cache" if moment[0] == "image" else unbroken.folder.parent / "cache")
+    begun = (folder / "config.json").exists()
+
+    again = victim.run([*options, *["--resume"] * begun], tmp_path / "again")
+    assert again.code == 0, again.stderr
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert result["ingest"]["from_cache"] == fetched
+    assert re.findall(r"continuing after epoch (\d+)", again.stdout) == [str(epochs)] * bool(epochs)
+    assert check_whole(folder, unbroken.folder) == 2
+    assert [result[name] for name in ("images", "auroc", "thresholds")] == [
+        unbroken.result[name] for name in ("images", "auroc", "thresholds")
+    ]
+    mine, its = (arrays(path / "checkpoint-2.weights.h5") for path in (folder, unbroken.folder))
+    assert mine.keys() == its.keys()
+    assert all(np.array_equal(mine[name], its[name]) for name in its)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    shutil.rmtree(folder)
