@@ -79,12 +79,16 @@ FETCH_THREADS = 32  # a GET takes about 50 ms, a decode 14 ms of a core: enough 
 MENDABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}  # by disk space and rights
 
 
+def one_line(error: object) -> str:
+    """The text of an error that may quote anything, such as a file name with control characters in it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+
+
 class UserError(Exception):
     """What the user can mend. Its text is one line that names the thing and the mend."""
 
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -163,11 +167,13 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def read_credentials(path: str) -> dict[str, str]:
     """The boto3 client arguments in a yml file. Raises UserError; no message repeats what the file holds."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except FileNotFoundError:
         lines = "'aws_access_key_id: ...' and 'aws_secret_key_id: ...'"
         raise UserError(f"no {path}: copy credentials.example.yml to it, or write {lines} into it") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
+    try:
+        content = yaml.safe_load(text)
+    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise, such as a KeyError that is the text
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml")
@@ -223,14 +229,12 @@ def s3_errors(bucket: str, key: str = "the list of images") -> Iterator[None]:
     try:
         yield
     except aws.ClientError as error:
-        code, text = error.response["Error"].get("Code"), one_line(error.response["Error"].get("Message"))
+        code, text = error.response["Error"].get("Code"), error.response["Error"].get("Message")
         raise UserError(mends.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")) from None
     except (aws.HTTPClientError, aws.ConnectionError) as error:
-        raise UserError(
-            f"S3 is out of reach ({one_line(error)}): check network, region_name and endpoint_url"
-        ) from None
+        raise UserError(f"S3 is out of reach ({error}): check network, region_name and endpoint_url") from None
     except (aws.BotoCoreError, ValueError, RecursionError) as error:
-        raise UserError(f"S3 cannot be asked ({one_line(error)}): check --bucket and credentials") from None
+        raise UserError(f"S3 cannot be asked ({error}): check --bucket and credentials") from None
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
@@ -256,7 +260,7 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
         # The header of 2017 has one name more than its rows have values: index_col=False keeps them aligned.
         frame = pd.read_csv(io.BytesIO(csv), dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig")
     except ValueError as error:
-        raise UserError(f"{name} is not a CSV ({one_line(error)}): check --labels") from None
+        raise UserError(f"{name} is not a CSV ({error}): check --labels") from None
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
         raise UserError(f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: it must be NIH's Data_Entry CSV")
@@ -481,7 +485,7 @@ def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = Fals
         if source is None:
             raise
         mend = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
-        raise UserError(f"cannot load --weights {source} ({one_line(error)}): {mend}") from None
+        raise UserError(f"cannot load --weights {source} ({error}): {mend}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps

@@ -21,7 +21,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def start(options: list[Any], screen: Path, die: Optional[Moment] = None) -> Any:
+def start(options: list[Any], screen: Path, die: Moment | None = None) -> Any:
     """The process of a run. What it prints goes to `screen`.out and `screen`.err."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["victim", "tensorflow", "keras", "matplotlib.figure"])
@@ -66,7 +66,7 @@ def end(process: Any, screen: Path) -> Ended:
     return Ended(process.exitcode, *(screen.with_suffix(suffix).read_text() for suffix in (".out", ".err")))
 
 
-def run(options: list[Any], screen: Path, die: Optional[Moment] = None) -> Ended:
+def run(options: list[Any], screen: Path, die: Moment | None = None) -> Ended:
     return end(start(options, screen, die), screen)
 
 
@@ -81,7 +81,7 @@ class Ticking(np.ndarray):
         return np.asarray(super().__getitem__(item))
 
 
-def live(options: list[str], screen: Path, die: Optional[Moment]) -> None:
+def live(options: list[str], screen: Path, die: Moment | None) -> None:
     """Run the script's `main` with `options` and exit with its code, unless the moment `die` comes before."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         with screen.with_suffix(suffix).open("wb") as file:
