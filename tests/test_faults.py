@@ -59,10 +59,10 @@ def assert_right(pixels: dict[str, np.ndarray], right: dict[str, np.ndarray]) ->
 def test_each_fault(credentials: Path, right: dict, tmp_path: Path, kind: str) -> None:
     # The label file is the first object: it comes through whole. A CSV cut between two rows, length and all, would not
     # be noticed, which docs/faults.md says.
-    with faulty(credentials, tmp_path, every=3, kinds=[kind]) as (proxy, through):
-        pixels = ingest(through, tmp_path, "--limit", 60)
-        assert proxy.injected[kind] >= 60 / 3
-    assert len(pixels) >= 59
+    with faulty(credentials, tmp_path, every=4, kinds=[kind]) as (proxy, through):
+        pixels = ingest(through, tmp_path, "--limit", 40)
+        assert proxy.injected[kind] >= 40 / 4
+    assert len(pixels) >= 39
     assert_right(pixels, right)
 
 

@@ -1,4 +1,4 @@
-"""A run killed at any moment: what is in the run folder is whole, and the next run ends as one that was not killed.
+"""A run that a kill or a disk ends: what is in the run folder is whole, and the next run ends as an unbroken one.
 
 By default a few moments of each kind; all of them: pytest -m slow tests/test_kills.py
 """
@@ -11,16 +11,18 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import victim
-from helpers import QUICK
+from helpers import QUICK, one_line
 from PIL import Image
 
 IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
@@ -113,3 +115,91 @@ def test_a_killed_run_ends_as_an_unbroken_one(unbroken: Unbroken, tmp_path: Path
     assert all(np.array_equal(mine[name], its[name]) for name in its)
     assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Call with mount options of a small disk, again to change them: its folder."""
+    folder, mounted = tmp_path / "disk", []
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        how = ["-o", f"{'remount,' * bool(mounted)}{options}"]
+        done = subprocess.run(["mount", "-t", "tmpfs", *how, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode and not mounted:
+            pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr
+        mounted.append(options)
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -> None:
+    cache = disk("size=400k") / "cache"
+    options = [*unbroken.options, "--cache", cache, "--output", tmp_path / "run"]
+    full = victim.run(options, tmp_path / "full")
+    assert "disk is full" in one_line(full.code, full.stderr)
+    disk("size=9m")
+    had = stored(cache)
+    assert 20 < had < 400
+    ended = victim.run(options, tmp_path / "ended")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["ingest"]["from_cache"] == had
+
+
+# Where the disk is full: config.json; the first checkpoint, of 6.6 MB; the second, beside which the first must stay.
+@pytest.mark.parametrize(("size", "epochs"), [("4k", 0), ("3m", 0), ("10m", 1)])
+def test_a_full_output_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path, size: str, epochs: int) -> None:
+    folder = disk(f"size={size}") / "run"
+    options = [*unbroken.options, "--output", folder]
+    full = victim.run(options, tmp_path / "full")
+    assert "No space left on device" in one_line(full.code, full.stderr)
+    assert check_whole(folder, unbroken.folder) == epochs
+    disk("size=40m")
+    resume = ["--resume"] * (folder / "config.json").exists()
+    ended = victim.run([*options, *resume], tmp_path / "ended")
+    assert ended.code == 0, ended.stderr
+    assert check_whole(folder, unbroken.folder) == 2
+    assert json.loads(ended.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
+
+
+@pytest.mark.parametrize("name", ["model.keras", "report.png"])
+def test_a_disk_full_when_the_result_is_written(unbroken: Unbroken, disk: Callable, tmp_path: Path, name: str) -> None:
+    folder = disk("size=40m") / "run"
+    shutil.copytree(unbroken.folder, folder)
+    for path in folder.glob("[mr]*"):  # model, metrics and report
+        path.unlink()
+    used = sum(path.stat().st_size for path in folder.iterdir())
+    model = (unbroken.folder / "model.keras").stat().st_size * (name == "report.png")
+    disk(f"size={(used + model) // 1024 + 60}k")
+    options = [*unbroken.options, "--output", folder, "--resume"]
+    full = victim.run(options, tmp_path / "full")
+    assert "No space left on device" in one_line(full.code, full.stderr)
+    assert check_whole(folder, unbroken.folder) == 2
+    assert not (folder / name).exists()
+    disk("size=40m")
+    ended = victim.run(options, tmp_path / "ended")
+    assert ended.code == 0, ended.stderr
+    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+
+
+@pytest.mark.parametrize("option", ["--output", "--cache"])
+def test_a_read_only_folder(unbroken: Unbroken, disk: Callable, tmp_path: Path, option: str) -> None:
+    folder = disk("ro")
+    options = [*unbroken.options, "--output", tmp_path / "run", option, folder / "new"]
+    ended = victim.run(options, tmp_path / "screen")
+    error = one_line(ended.code, ended.stderr)
+    assert "Read-only file system" in error
+    assert str(folder) in error
+
+
+def test_a_cache_that_became_read_only(unbroken: Unbroken, disk: Callable, tmp_path: Path) -> None:
+    folder = disk("size=9m")
+    shutil.copytree(unbroken.folder.parent / "cache", folder / "cache")
+    disk("ro")
+    options = [*unbroken.options, "--cache", folder / "cache", "--output", tmp_path / "run"]
+    ended = victim.run(options, tmp_path / "screen")
+    assert "cache" in one_line(ended.code, ended.stderr)
