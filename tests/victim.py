@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from helpers import check_processes
 
 import xray_tensorflow as xray
 
@@ -58,7 +59,8 @@ def start(options: list[Any], screen: Path, die: Moment | None = None) -> Any:
 
 
 def end(process: Any, screen: Path) -> Ended:
-    """Wait for it."""
+    """Wait for it. Fails where it hangs, or where a process shows a secret."""
+    check_processes()
     process.join(200)
     if process.is_alive():
         process.kill()
