@@ -3,9 +3,8 @@
     with fault_proxy(endpoint, latency_ms=50, every=20, kinds=FAULTS) as proxy:
         ...  # ask proxy.url instead of endpoint
 
-Every `every`-th request of an object is faulty, the kinds in turn; lists are passed on whole, for a list cut short
-together with its length cannot be told from another list. From request `expire_after` on, the session token that was in
-use is answered as expired, a new one is not. The Host header is passed on as it came, so that signatures hold.
+Every `every`-th request is faulty, the kinds in turn. From request `expire_after` on, the session token that was in use
+is answered as expired, a new one is not. The Host header is passed on as it came, so that signatures hold.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         server, length = self.server, int(self.headers.get("Content-Length", 0))
         sent = self.rfile.read(length)
-        token = self.headers.get("x-amz-security-token")
-        fault = server.fault(self.path, token)
+        fault = server.fault(self.headers.get("x-amz-security-token"))
         server.closing.wait(server.latency_ms / 1000)
         if fault == "stall before the headers":
             server.closing.wait()
@@ -85,7 +83,7 @@ HOP_BY_HOP = {"connection", "content-length", "date", "keep-alive", "server", "t
 
 
 class Proxy(ThreadingHTTPServer):
-    """`url` to ask; `objects` and `injected` count the requests of objects and, by kind, the faults so far."""
+    """`url` to ask; `requests` and `injected` count the requests and, by kind, the faults so far."""
 
     daemon_threads, request_queue_size = True, 128
 
@@ -93,19 +91,17 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", endpoint.rstrip("/")
         self.latency_ms, self.every, self.expire_after = latency_ms, every, expire_after
-        self.kinds, self.objects, self.injected = itertools.cycle(kinds), 0, Counter()
+        self.kinds, self.requests, self.injected = itertools.cycle(kinds), 0, Counter()
         self.expired: str | None = None
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.pool = urllib3.PoolManager(maxsize=64)
 
-    def fault(self, path: str, token: str | None) -> str:
+    def fault(self, token: str | None) -> str:
         """The kind of fault of this request; none is ''."""
-        if "list-type=" in path:
-            return ""
         with self.lock:
-            self.objects += 1
-            kind = next(self.kinds) if self.every and self.objects % self.every == 0 else ""
-            if self.expire_after and self.objects == self.expire_after:
+            self.requests += 1
+            kind = next(self.kinds) if self.every and self.requests % self.every == 0 else ""
+            if self.expire_after and self.requests == self.expire_after:
                 self.expired = token
             if self.expired and token == self.expired:
                 kind = "expired"
