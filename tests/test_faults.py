@@ -70,7 +70,7 @@ def test_each_fault_of_list_and_labels(credentials: Path, tmp_path: Path, kind: 
     labels = kind if kind != "short length" else ""
     with faulty(credentials, tmp_path, every=1, kinds=[kind, "", labels, *[""] * 99]) as (proxy, through):
         table = xray.select_images(xray.s3_client(xray.read_credentials(str(through))), parse())
-        assert proxy.injected[kind] == 2 if labels else 1
+        assert proxy.injected[kind] == (2 if labels else 1)
     assert len(table) == 411
 
 
