@@ -47,6 +47,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sqlite3
 import sys
 import time
@@ -144,7 +145,9 @@ def run_script(main: Callable[[], None]) -> int:
     except OSError as error:
         if errno.errorcode.get(error.errno) not in MENDABLE:
             raise
-        problem = f"{error.filename or 'output or cache folder'}: {error.strerror}: check disk space and rights"
+        # HDF5's own words for errno are several lines.
+        where = error.filename or "output or cache folder"
+        problem = f"{where}: {os.strerror(error.errno)}: check disk space and rights"
     except sqlite3.Error as error:
         problem = f"the pixel cache fails ({error}): check disk space and rights, or delete it"
     except UserError as error:
@@ -561,6 +564,21 @@ def begin_run(folder: Path, config: dict, table: pd.DataFrame, skipped: dict[int
     write(folder / "skipped.csv", reasons.to_csv(index=False))
 
 
+def save_checkpoint(model: Any, path: Path) -> None:
+    """Write weights and state of the optimizer. Raises OSError where the disk has no room: HDF5 itself may crash then."""
+    numbers = sum(math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables])
+    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:  # 4 bytes each, and what HDF5 adds
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with replacing(path) as partial:
+        model.save_weights(partial)
+
+
+def drop_checkpoints(folder: Path, epoch: int) -> None:
+    """Remove all checkpoints but that of `epoch`."""
+    for checkpoint in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{epoch}.weights.h5"}:
+        checkpoint.unlink()
+
+
 def restore(model: Any, folder: Path, epochs: int) -> pd.DataFrame:
     """history.csv so far, and its last checkpoint (weights and state of the optimizer) loaded into `model`."""
     if not (folder / "history.csv").exists():
@@ -570,6 +588,7 @@ def restore(model: Any, folder: Path, epochs: int) -> pd.DataFrame:
         raise UserError(f"{folder} has {len(history)} finished epochs: --epochs {epochs} is less")
     model.optimizer.build(model.trainable_variables)
     model.load_weights(folder / f"checkpoint-{len(history)}.weights.h5")
+    drop_checkpoints(folder, len(history))
     print(f"continuing after epoch {len(history)}")
     return history
 
@@ -594,8 +613,7 @@ def train_epochs(
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch} is {loss}: use a smaller --learning-rate")
         scores = predict("validation").clip(1e-7, 1 - 1e-7)
-        with replacing(folder / f"checkpoint-{epoch}.weights.h5") as partial:
-            model.save_weights(partial)
+        save_checkpoint(model, folder / f"checkpoint-{epoch}.weights.h5")
         row = {
             "epoch": epoch,
             "loss": loss,
@@ -608,8 +626,7 @@ def train_epochs(
         history = pd.concat([history, pd.DataFrame([row])], ignore_index=True)
         # Those before stay until history.csv names the new one: a kill between the two loses nothing.
         write(folder / "history.csv", history.to_csv(index=False))
-        for checkpoint in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{epoch}.weights.h5"}:
-            checkpoint.unlink()
+        drop_checkpoints(folder, epoch)
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return history
 

@@ -31,7 +31,7 @@ BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file
 EVENTS = range(1, 21)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
-FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), *(("event", n) for n in (3, 8, 11, 14, 18))}
+FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), *(("event", n) for n in (3, 8, 12, 14, 18))}
 MARKED = [pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS]
 
 
