@@ -585,7 +585,7 @@ def begin_run(folder: Path, config: dict, table: pd.DataFrame, skipped: dict[int
 
 
 def save_checkpoint(model: Any, path: Path) -> None:
-    """Write weights and state of the optimizer. Raises OSError where the disk has no room: HDF5 itself may crash then."""
+    """Write weights and state of the optimizer. Raises OSError where the disk has no room: HDF5 might crash then."""
     numbers = sum(math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables])
     if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:  # 4 bytes each, and what HDF5 adds
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -20,11 +20,13 @@ import xray_tensorflow as xray
 IMAGES, PATIENTS = 112_120, 30_805
 WHOLE = draw_radiograph("00000001_000.png", [], 64)
 SELECT = f"""
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import xray_tensorflow as xray
 
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # not ru_maxrss, which has the peak of pytest in it
+    return int(re.search("VmHWM:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 arguments, before, start = xray.common_parser("").parse_args(), peak(), time.perf_counter()
 client = xray.s3_client(xray.read_credentials(arguments.credentials))
@@ -61,7 +63,7 @@ def test_list_join_and_split_of_the_full_number_of_images(tmp_path: Path) -> Non
     print(f"{result['seconds']:.1f} s, {result['mb']:.0f} MB more than the imports take")
     assert sum(result["splits"].values()) == IMAGES
     assert result["splits"]["train"] / IMAGES == pytest.approx(0.7, abs=0.01)
-    assert result["mb"] < 500
+    assert 10 < result["mb"] < 500
 
 
 ODD = [
