@@ -117,6 +117,23 @@ def test_a_killed_run_ends_as_an_unbroken_one(unbroken: Unbroken, tmp_path: Path
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [400_000, 1_600_000])  # of 2.1 MB
+def test_ended_while_it_writes_the_model(unbroken: Unbroken, tmp_path: Path, count: int) -> None:
+    folder, options = tmp_path / "run", [*unbroken.options, "--output", tmp_path / "run", "--resume"]
+    shutil.copytree(unbroken.folder, folder)
+    for path in folder.glob("[mr]*"):  # model, metrics and report
+        path.unlink()
+    killed = victim.run(options, tmp_path / "killed", ("byte", count))
+    assert killed.code == -signal.SIGXFSZ, killed.stderr
+    assert not list(folder.glob("[mr]*"))
+    assert check_whole(folder, unbroken.folder) == 2
+    again = victim.run(options, tmp_path / "again")
+    assert again.code == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Call with mount options of a small disk, again to change them: its folder."""
