@@ -166,7 +166,7 @@ def run_script(main: Callable[[], None]) -> int:
         if errno.errorcode.get(error.errno) not in MENDABLE:
             raise
         # HDF5's own words for errno are several lines.
-        where = error.filename or "output or cache folder"
+        where = one_line(error.filename or "output or cache folder")
         problem = f"{where}: {os.strerror(error.errno)}: check disk space and rights"
     except sqlite3.Error as error:
         problem = f"the pixel cache fails ({error}): check disk space and rights, or delete it"

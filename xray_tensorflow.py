@@ -145,7 +145,7 @@ def run_script(main: Callable[[], None]) -> int:
         if errno.errorcode.get(error.errno) not in MENDABLE:
             raise
         # HDF5's own words for errno are several lines.
-        where = error.filename or "output or cache folder"
+        where = one_line(error.filename or "output or cache folder")
         problem = f"{where}: {os.strerror(error.errno)}: check disk space and rights"
     except sqlite3.Error as error:
         problem = f"the pixel cache fails ({error}): check disk space and rights, or delete it"
@@ -776,8 +776,8 @@ def ingest(client: Any, arguments: argparse.Namespace, table: pd.DataFrame) -> t
     try:
         return fill_pixels(client, arguments, table, path)
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite may quote the damage
-        if isinstance(error, sqlite3.OperationalError):  # a full disk, no rights: no fault of the file
-            raise
+        if isinstance(error, (sqlite3.OperationalError, sqlite3.ProgrammingError)):
+            raise  # a full disk, no rights: no fault of the file
     set_aside(path)
     return fill_pixels(client, arguments, table, path)
 
