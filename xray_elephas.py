@@ -75,7 +75,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import boto3
 import numpy as np
@@ -115,7 +115,7 @@ class UserError(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
@@ -148,7 +148,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
     add("--learning-rate", metavar="X", type=number(float, 1e-12, 10), default=1e-4, help="of Adam [%(default)s]")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of split and training [%(default)s]")
     add("--cache", metavar="DIR", default="cache", help="decoded pixels, reused by later runs [%(default)s/]")
-    share = {"metavar": "F", "type": number(float, 0, 1), "default": 0.01}
+    share: dict[str, Any] = {"metavar": "F", "type": number(float, 0, 1), "default": 0.01}
     add("--max-skipped", help="share of the images that may be unreadable [%(default)s]", **share)
     add("--output", metavar="DIR", help="run folder [runs/<script>-<UTC time>]")
     add("--resume", action="store_true", help="continue the run in --output after its last finished epoch")
@@ -165,11 +165,12 @@ def run_script(main: Callable[[], None]) -> int:
         print(f"\n{script}: interrupted: the same options with --resume and this run's --output go on", file=sys.stderr)
         return 130
     except OSError as error:
-        if errno.errorcode.get(error.errno) not in MENDABLE:
+        code = error.errno or 0
+        if errno.errorcode.get(code, "") not in MENDABLE:
             raise
         # HDF5's own words for errno are several lines.
         where = one_line(error.filename or "output or cache folder")
-        problem = f"{where}: {os.strerror(error.errno)}: check disk space and rights"
+        problem = f"{where}: {os.strerror(code)}: check disk space and rights"
     except sqlite3.Error as error:
         problem = f"the pixel cache fails ({error}): check disk space and rights, or delete it"
     except UserError as error:
@@ -376,7 +377,7 @@ def truth_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 def decode(data: bytes, size: int) -> np.ndarray:
     """Grey uint8 pixels (size, size) of an image of any mode. Pillow raises many kinds of error for broken files."""
     Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding ignores
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
@@ -575,7 +576,7 @@ def open_run(arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[Path, 
     """The run folder and the content of its config.json. Raises UserError where another run is in the folder."""
     script = Path(sys.argv[0]).stem
     digest = hashlib.sha256(table[["image", "etag", "split", *LABELS]].to_csv(index=False).encode()).hexdigest()
-    config = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
+    config: dict[str, Any] = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
     folder = Path(arguments.output or time.strftime(f"runs/{script}-%Y%m%dT%H%M%SZ", time.gmtime()))
     if not arguments.resume:
         if any(folder.glob("[!.]*")):
@@ -993,7 +994,7 @@ def cached_rows(session: SparkSession, folder: str, entries: list[tuple]) -> set
     return {rows[tuple(entry)] for entry in known if tuple(entry) in rows}
 
 
-def leave_out(skipped: dict[Optional[int], str], table: pd.DataFrame, arguments: argparse.Namespace) -> None:
+def leave_out(skipped: dict[Any, str], table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     """Mark the unreadable images. Raises UserError when S3 failed, they are too many, or too few are left."""
     if None in skipped:
         raise UserError(skipped[None])
@@ -1083,22 +1084,22 @@ def training_rows(
 
     Order and dropout follow from the seeds and the partition: a resumed run draws what an unbroken one draws.
     """
-    model, rows, random = keep(), sorted(rows), np.random.default_rng([*seeds, TaskContext.get().partitionId()])
+    model, dealt, random = keep(), sorted(rows), np.random.default_rng([*seeds, TaskContext.get().partitionId()])
     make_ready(model)
     model.get_layer("dropout").seed_generator.state.assign(random.integers(2**31, size=2))
-    return ((rows[i][1], truth.value[rows[i][0]]) for i in random.permutation(len(rows)))
+    return ((dealt[i][1], truth.value[dealt[i][0]]) for i in random.permutation(len(dealt)))
 
 
 def prediction_rows(rows: Iterator[tuple], keep: Callable, weights: Broadcast, batch_size: int) -> Iterator[tuple]:
     """(row, probabilities) of a partition."""
-    rows, model = list(rows), keep()
-    if not rows:
+    found, model = list(rows), keep()
+    if not found:
         return iter(())
     for variable, value in zip(model.weights, weights.value):
         variable.assign(value)
-    pixels, none = np.stack([image for _, image in rows]), np.zeros((len(rows), len(LABELS)), np.float32)
-    images = batches(pixels, none, np.arange(len(rows)), batch_size)
-    return zip((row for row, _ in rows), model.predict(images, verbose=0))
+    pixels, none = np.stack([image for _, image in found]), np.zeros((len(found), len(LABELS)), np.float32)
+    images = batches(pixels, none, np.arange(len(found)), batch_size)
+    return zip((row for row, _ in found), model.predict(images, verbose=0))
 
 
 def distributed_steps(
@@ -1158,7 +1159,8 @@ def follow_epochs(model: Any, workers: int, reports: Accumulator) -> None:
     Elephas adds the workers' whole updates up: steps `workers` times too long. The moving statistics of batch
     normalisation stay with the worker, and in its reports: where updates add up, a variance can fall below zero.
     """
-    start, fit, place, before = time.perf_counter(), model.fit, TaskContext.get().partitionId(), []
+    start, fit, place = time.perf_counter(), model.fit, TaskContext.get().partitionId()
+    before: list[np.ndarray] = []
 
     def reporting_fit(*data: np.ndarray, **options: Any) -> Any:
         history = fit(*data, **options)
@@ -1284,13 +1286,14 @@ def elephas_parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__)
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="how Elephas trains [%(default)s]")
     parser.add_argument("--workers", metavar="N", type=number(int, 1), help="partitions to train on [one a task slot]")
-    port = {"metavar": "N", "type": number(int, 1, 65535), "default": 4000}
+    port: dict[str, Any] = {"metavar": "N", "type": number(int, 1, 65535), "default": 4000}
     parser.add_argument("--port", help="of the parameter server, which synchronous has none of [%(default)s]", **port)
     return parser
 
 
 def main() -> None:
-    arguments, seconds = elephas_parser().parse_args(), {}
+    arguments = elephas_parser().parse_args()
+    seconds: dict[str, float] = {}
     if arguments.resume and arguments.mode != MODES[0]:
         raise UserError(f"--mode {arguments.mode} has no checkpoints to --resume from: start a new run")
     with timed(seconds, "ingest"):

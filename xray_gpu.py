@@ -55,7 +55,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import boto3
 import numpy as np
@@ -93,7 +93,7 @@ class UserError(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
@@ -126,7 +126,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
     add("--learning-rate", metavar="X", type=number(float, 1e-12, 10), default=1e-4, help="of Adam [%(default)s]")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of split and training [%(default)s]")
     add("--cache", metavar="DIR", default="cache", help="decoded pixels, reused by later runs [%(default)s/]")
-    share = {"metavar": "F", "type": number(float, 0, 1), "default": 0.01}
+    share: dict[str, Any] = {"metavar": "F", "type": number(float, 0, 1), "default": 0.01}
     add("--max-skipped", help="share of the images that may be unreadable [%(default)s]", **share)
     add("--output", metavar="DIR", help="run folder [runs/<script>-<UTC time>]")
     add("--resume", action="store_true", help="continue the run in --output after its last finished epoch")
@@ -143,11 +143,12 @@ def run_script(main: Callable[[], None]) -> int:
         print(f"\n{script}: interrupted: the same options with --resume and this run's --output go on", file=sys.stderr)
         return 130
     except OSError as error:
-        if errno.errorcode.get(error.errno) not in MENDABLE:
+        code = error.errno or 0
+        if errno.errorcode.get(code, "") not in MENDABLE:
             raise
         # HDF5's own words for errno are several lines.
         where = one_line(error.filename or "output or cache folder")
-        problem = f"{where}: {os.strerror(error.errno)}: check disk space and rights"
+        problem = f"{where}: {os.strerror(code)}: check disk space and rights"
     except sqlite3.Error as error:
         problem = f"the pixel cache fails ({error}): check disk space and rights, or delete it"
     except UserError as error:
@@ -354,7 +355,7 @@ def truth_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 def decode(data: bytes, size: int) -> np.ndarray:
     """Grey uint8 pixels (size, size) of an image of any mode. Pillow raises many kinds of error for broken files."""
     Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding ignores
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
@@ -553,7 +554,7 @@ def open_run(arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[Path, 
     """The run folder and the content of its config.json. Raises UserError where another run is in the folder."""
     script = Path(sys.argv[0]).stem
     digest = hashlib.sha256(table[["image", "etag", "split", *LABELS]].to_csv(index=False).encode()).hexdigest()
-    config = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
+    config: dict[str, Any] = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
     folder = Path(arguments.output or time.strftime(f"runs/{script}-%Y%m%dT%H%M%SZ", time.gmtime()))
     if not arguments.resume:
         if any(folder.glob("[!.]*")):
@@ -939,7 +940,8 @@ def main() -> None:
     parser = common_parser(__doc__)
     precisions = ["auto", "float32", "mixed_float16"]
     parser.add_argument("--precision", choices=precisions, default="auto", help="of the computation [%(default)s]")
-    arguments, seconds = parser.parse_args(), {}
+    arguments = parser.parse_args()
+    seconds: dict[str, float] = {}
     with timed(seconds, "setup"):
         strategy, target = set_up_gpus(arguments.precision)
     with timed(seconds, "ingest"):
