@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_s3
 from helpers import ROOT, SECRETS, client_of, parse, run_process, write_yaml
 from sample_bucket import draw_radiograph
+from static_s3 import static_s3
 
 import xray_tensorflow as xray
 
@@ -48,12 +48,17 @@ def label_csv(rows: list[tuple[str, str, int]]) -> bytes:
     return text.getvalue().encode()
 
 
+def bucket_of(rows: list[tuple[str, str, int]]) -> dict[str, bytes]:
+    """The label file, and one radiograph under all names."""
+    return {"Data_Entry_2017_v2020.csv": label_csv(rows), **{f"images/{name}": WHOLE for name, *_ in rows}}
+
+
 def test_list_join_and_split_of_the_full_number_of_images(tmp_path: Path) -> None:
     draw = random.Random(0)
     patients = [*range(1, PATIENTS + 1), *draw.choices(range(1, PATIENTS + 1), k=IMAGES - PATIENTS)]
     findings = ["|".join(draw.sample(xray.LABELS, draw.choice([1, 1, 1, 2, 3]))) for _ in patients]
     rows = [(f"{p:08}_{i:06}.png", labels, p) for i, (p, labels) in enumerate(zip(patients, findings))]
-    with small_s3.serve(label_csv(rows), [name for name, *_ in rows], WHOLE) as endpoint:
+    with static_s3(bucket_of(rows), 0) as endpoint:
         options = ["--credentials", credentials_of(endpoint, tmp_path)]
         ended = run_process([sys.executable, "-c", SELECT, *options], cwd=tmp_path)
     assert ended.code == 0, ended.stderr
@@ -80,7 +85,7 @@ def test_no_name_reaches_beyond_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
     arguments = parse("--cache", inner / "cache", "--image-size", 32, "--batch-size", 1)
-    with small_s3.serve(label_csv(rows), [name for name, *_ in rows], WHOLE) as endpoint:
+    with static_s3(bucket_of(rows), 0) as endpoint:
         client = client_of(credentials_of(endpoint, tmp_path))
         table = xray.select_images(client, arguments)
         assert set(ODD) < set(table["image"])
