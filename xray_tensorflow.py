@@ -46,6 +46,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sqlite3
 import sys
 import time
@@ -53,7 +54,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import boto3
 import numpy as np
@@ -78,16 +79,20 @@ FETCH_THREADS = 32  # a GET takes about 50 ms, a decode 14 ms of a core: enough 
 MENDABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}  # by disk space and rights
 
 
+def one_line(error: object) -> str:
+    """The text of an error that may quote anything, such as a file name with control characters in it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+
+
 class UserError(Exception):
     """What the user can mend. Its text is one line that names the thing and the mend."""
 
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
@@ -120,7 +125,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
     add("--learning-rate", metavar="X", type=number(float, 1e-12, 10), default=1e-4, help="of Adam [%(default)s]")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of split and training [%(default)s]")
     add("--cache", metavar="DIR", default="cache", help="decoded pixels, reused by later runs [%(default)s/]")
-    share = {"metavar": "F", "type": number(float, 0, 1), "default": 0.01}
+    share: dict[str, Any] = {"metavar": "F", "type": number(float, 0, 1), "default": 0.01}
     add("--max-skipped", help="share of the images that may be unreadable [%(default)s]", **share)
     add("--output", metavar="DIR", help="run folder [runs/<script>-<UTC time>]")
     add("--resume", action="store_true", help="continue the run in --output after its last finished epoch")
@@ -137,9 +142,12 @@ def run_script(main: Callable[[], None]) -> int:
         print(f"\n{script}: interrupted: the same options with --resume and this run's --output go on", file=sys.stderr)
         return 130
     except OSError as error:
-        if errno.errorcode.get(error.errno) not in MENDABLE:
+        code = error.errno or 0
+        if errno.errorcode.get(code, "") not in MENDABLE:
             raise
-        problem = f"{error.filename or 'output or cache folder'}: {error.strerror}: check disk space and rights"
+        # HDF5's own words for errno are several lines.
+        where = one_line(error.filename or "output or cache folder")
+        problem = f"{where}: {os.strerror(code)}: check disk space and rights"
     except sqlite3.Error as error:
         problem = f"the pixel cache fails ({error}): check disk space and rights, or delete it"
     except UserError as error:
@@ -162,11 +170,13 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def read_credentials(path: str) -> dict[str, str]:
     """The boto3 client arguments in a yml file. Raises UserError; no message repeats what the file holds."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except FileNotFoundError:
         lines = "'aws_access_key_id: ...' and 'aws_secret_key_id: ...'"
         raise UserError(f"no {path}: copy credentials.example.yml to it, or write {lines} into it") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
+    try:
+        content = yaml.safe_load(text)
+    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise, such as a KeyError that is the text
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml")
@@ -222,14 +232,12 @@ def s3_errors(bucket: str, key: str = "the list of images") -> Iterator[None]:
     try:
         yield
     except aws.ClientError as error:
-        code, text = error.response["Error"].get("Code"), one_line(error.response["Error"].get("Message"))
+        code, text = error.response["Error"].get("Code"), error.response["Error"].get("Message")
         raise UserError(mends.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")) from None
     except (aws.HTTPClientError, aws.ConnectionError) as error:
-        raise UserError(
-            f"S3 is out of reach ({one_line(error)}): check network, region_name and endpoint_url"
-        ) from None
+        raise UserError(f"S3 is out of reach ({error}): check network, region_name and endpoint_url") from None
     except (aws.BotoCoreError, ValueError, RecursionError) as error:
-        raise UserError(f"S3 cannot be asked ({one_line(error)}): check --bucket and credentials") from None
+        raise UserError(f"S3 cannot be asked ({error}): check --bucket and credentials") from None
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
@@ -255,7 +263,7 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
         # The header of 2017 has one name more than its rows have values: index_col=False keeps them aligned.
         frame = pd.read_csv(io.BytesIO(csv), dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig")
     except ValueError as error:
-        raise UserError(f"{name} is not a CSV ({one_line(error)}): check --labels") from None
+        raise UserError(f"{name} is not a CSV ({error}): check --labels") from None
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
         raise UserError(f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: it must be NIH's Data_Entry CSV")
@@ -345,7 +353,10 @@ def truth_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def decode(data: bytes, size: int) -> np.ndarray:
     """Grey uint8 pixels (size, size) of an image of any mode. Pillow raises many kinds of error for broken files."""
-    image = Image.open(io.BytesIO(data))
+    Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding ignores
+    image: Image.Image = Image.open(io.BytesIO(data))
+    if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.asarray(image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
@@ -357,7 +368,7 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
     Raises UserError when S3 itself fails, which is not the image's fault.
     """
 
-    def fetch_one(item: tuple[int, str]) -> tuple:
+    def fetch_one(item: tuple[int, str], again: bool = True) -> tuple:
         try:
             data = fetch(client, bucket, item[1])
         except client.exceptions.NoSuchKey:
@@ -365,9 +376,11 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         try:
             return item[0], decode(data, size), ""
         except UnidentifiedImageError:  # its text holds a memory address
-            return item[0], None, "not an image"
+            reason = "not an image"
         except Exception as error:  # noqa: BLE001  whatever Pillow makes of a bad file, the run goes on
-            return item[0], None, f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+        # The file may be whole, and what came cut short together with its Content-Length: then a second one differs.
+        return fetch_one(item, again=False) if again else (item[0], None, reason)
 
     with s3_errors(bucket, "an image"), ThreadPool(FETCH_THREADS) as pool:
         yield from pool.imap_unordered(fetch_one, keys.items())
@@ -475,7 +488,7 @@ def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = Fals
         if source is None:
             raise
         mend = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
-        raise UserError(f"cannot load --weights {source} ({one_line(error)}): {mend}") from None
+        raise UserError(f"cannot load --weights {source} ({error}): {mend}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
@@ -540,7 +553,7 @@ def open_run(arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[Path, 
     """The run folder and the content of its config.json. Raises UserError where another run is in the folder."""
     script = Path(sys.argv[0]).stem
     digest = hashlib.sha256(table[["image", "etag", "split", *LABELS]].to_csv(index=False).encode()).hexdigest()
-    config = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
+    config: dict[str, Any] = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
     folder = Path(arguments.output or time.strftime(f"runs/{script}-%Y%m%dT%H%M%SZ", time.gmtime()))
     if not arguments.resume:
         if any(folder.glob("[!.]*")):
@@ -569,6 +582,21 @@ def begin_run(folder: Path, config: dict, table: pd.DataFrame, skipped: dict[int
     write(folder / "skipped.csv", reasons.to_csv(index=False))
 
 
+def save_checkpoint(model: Any, path: Path) -> None:
+    """Write weights and state of the optimizer. Raises OSError where the disk has no room: HDF5 might crash then."""
+    numbers = sum(math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables])
+    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:  # 4 bytes each, and what HDF5 adds
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with replacing(path) as partial:
+        model.save_weights(partial)
+
+
+def drop_checkpoints(folder: Path, epoch: int) -> None:
+    """Remove all checkpoints but that of `epoch`."""
+    for checkpoint in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{epoch}.weights.h5"}:
+        checkpoint.unlink()
+
+
 def restore(model: Any, folder: Path, epochs: int) -> pd.DataFrame:
     """history.csv so far, and its last checkpoint (weights and state of the optimizer) loaded into `model`."""
     if not (folder / "history.csv").exists():
@@ -578,6 +606,7 @@ def restore(model: Any, folder: Path, epochs: int) -> pd.DataFrame:
         raise UserError(f"{folder} has {len(history)} finished epochs: --epochs {epochs} is less")
     model.optimizer.build(model.trainable_variables)
     model.load_weights(folder / f"checkpoint-{len(history)}.weights.h5")
+    drop_checkpoints(folder, len(history))
     print(f"continuing after epoch {len(history)}")
     return history
 
@@ -602,8 +631,7 @@ def train_epochs(
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch} is {loss}: use a smaller --learning-rate")
         scored = validate(truth["validation"], predict("validation"))
-        with replacing(folder / f"checkpoint-{epoch}.weights.h5") as partial:
-            model.save_weights(partial)
+        save_checkpoint(model, folder / f"checkpoint-{epoch}.weights.h5")
         row = {
             "epoch": epoch,
             "loss": loss,
@@ -615,8 +643,7 @@ def train_epochs(
         history = pd.concat([history, pd.DataFrame([row])], ignore_index=True)
         # Those before stay until history.csv names the new one: a kill between the two loses nothing.
         write(folder / "history.csv", history.to_csv(index=False))
-        for checkpoint in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{epoch}.weights.h5"}:
-            checkpoint.unlink()
+        drop_checkpoints(folder, epoch)
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return history
 
@@ -758,19 +785,43 @@ def open_cache(path: Path) -> sqlite3.Connection:
     return cache
 
 
+def set_aside(path: Path) -> None:
+    """Rename a damaged cache, and say so. Its log goes with it: SQLite would replay that into the next cache."""
+    aside = path.with_name(f"damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{path.name}")
+    for ending in ("", "-wal", "-shm"):
+        if Path(f"{path}{ending}").exists():
+            Path(f"{path}{ending}").rename(f"{aside}{ending}")
+    print(f"{path} is damaged or no pixel cache: it is now {aside}, and a new cache is made", flush=True)
+
+
 def ingest(client: Any, arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[np.ndarray, dict[int, str], int]:
+    """What fill_pixels gives; a cache that is damaged is set aside, and all is fetched again."""
+    path = Path(arguments.cache, "pixels.sqlite")
+    try:
+        return fill_pixels(client, arguments, table, path)
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite may quote the damage
+        if isinstance(error, (sqlite3.OperationalError, sqlite3.ProgrammingError)):
+            raise  # a full disk, no rights: no fault of the file
+    set_aside(path)
+    return fill_pixels(client, arguments, table, path)
+
+
+def fill_pixels(
+    client: Any, arguments: argparse.Namespace, table: pd.DataFrame, path: Path
+) -> tuple[np.ndarray, dict[int, str], int]:
     """Pixels (n, size, size) uint8 of all rows, {row: reason} of the unreadable ones, and how many were cached."""
     size, bucket = arguments.image_size, arguments.bucket
     if len(table) * size**2 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(f"{len(table)} images of {size} x {size} are more than this machine's memory: use --limit")
     pixels, skipped, missing = np.empty((len(table), size, size), np.uint8), {}, {}
     source = f"{client.meta.endpoint_url}/{bucket}"
-    with contextlib.closing(open_cache(Path(arguments.cache, "pixels.sqlite"))) as cache:
-        query = "SELECT etag, crc, pixels FROM pixels WHERE source = ? AND key = ? AND size = ?"
+    with contextlib.closing(open_cache(path)) as cache:
+        # The text is compared by SQLite, and the cast is for damage too: Python would fail on text that is not UTF-8.
+        what = "crc, CAST(pixels AS BLOB) FROM pixels WHERE source = ? AND key = ? AND size = ? AND etag = ?"
         for row, (key, etag) in enumerate(zip(table["key"], table["etag"])):
-            hit = cache.execute(query, (source, key, size)).fetchone()
-            if hit and hit[:2] == (etag, zlib.crc32(hit[2])):
-                pixels[row] = np.frombuffer(hit[2], np.uint8).reshape(size, size)
+            hit = cache.execute(f"SELECT {what}", (source, key, size, etag)).fetchone()
+            if hit and hit[1] and hit[0] == zlib.crc32(hit[1]):
+                pixels[row] = np.frombuffer(hit[1], np.uint8).reshape(size, size)
             else:
                 missing[row] = key
         cached = len(table) - len(missing)
@@ -843,7 +894,8 @@ def limit_tensorflow(threads: int) -> None:
 def main() -> None:
     parser = common_parser(__doc__)
     parser.add_argument("--threads", metavar="N", type=number(int, 1), default=1, help="CPU threads [%(default)s]")
-    arguments, seconds = parser.parse_args(), {}
+    arguments = parser.parse_args()
+    seconds: dict[str, float] = {}
     hold_to_cores(arguments.threads)
     with timed(seconds, "ingest"):
         client = connect(read_credentials(arguments.credentials), arguments.bucket)

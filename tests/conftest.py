@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, one_line, run_process  # noqa: E402
+from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, one_line, run_process, secrets_in  # noqa: E402
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials  # noqa: E402
 
 import xray_tensorflow as xray  # noqa: E402  the scripts stand beside tests/, in no package
@@ -26,6 +26,14 @@ def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("keras")
         patch.setenv("KERAS_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_secret_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After all tests: of the files that they wrote, only the credentials files may hold a secret."""
+    yield
+    files = [path for path in tmp_path_factory.getbasetemp().rglob("*") if path.is_file() and path.suffix != ".yml"]
+    assert [path for path in files if secrets_in(path.read_bytes())] == []
 
 
 @pytest.fixture(scope="session")

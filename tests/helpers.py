@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -76,6 +77,19 @@ def one_line(code: int, stderr: str) -> str:
     return problem
 
 
+def secrets_in(data: bytes) -> bool:
+    return any(secret.encode() in data for secret in SECRETS.values())
+
+
+def check_processes() -> None:
+    """Fail where a process of this session has a secret in its command line or environment, where ps would show it."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.getsid(int(folder.name)) == os.getsid(0):
+                shown = [(folder / name).read_bytes() for name in ("cmdline", "environ")]
+                assert not secrets_in(b"".join(shown)), f"process {folder.name} shows a secret"
+
+
 class Finished(NamedTuple):
     """How a process ended. A negative code is the signal that ended it."""
 
@@ -89,8 +103,12 @@ class Finished(NamedTuple):
 def run_process(
     command: list[Any], cwd: Path = ROOT, stop: tuple[Callable[[], bool], signal.Signals] | None = None
 ) -> Finished:
-    """Run a command to its end. With `stop`, send it the signal as soon as the call returns True."""
+    """Run a command to its end. With `stop`, send it the signal as soon as the call returns True.
+
+    Fails where a process or what was printed shows a secret.
+    """
     start = time.monotonic()
+    looked = 0.0
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         child = subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=stdout, stderr=stderr)
         try:
@@ -99,6 +117,9 @@ def run_process(
                 if stop and stop[0]():
                     child.send_signal(stop[1])
                     stop = None
+                if time.monotonic() - looked > 0.5:
+                    check_processes()
+                    looked = time.monotonic()
                 time.sleep(0.005)
         except BaseException:
             child.kill()
@@ -108,7 +129,9 @@ def run_process(
         child.returncode = code = os.waitstatus_to_exitcode(status)
         stdout.seek(0)
         stderr.seek(0)
-        return Finished(code, stdout.read(), stderr.read(), wall, usage.ru_utime + usage.ru_stime)
+        finished = Finished(code, stdout.read(), stderr.read(), wall, usage.ru_utime + usage.ru_stime)
+        assert not secrets_in((finished.stdout + finished.stderr).encode())
+        return finished
 
 
 def run_script(*options: Any, **how: Any) -> Finished:

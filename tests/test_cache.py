@@ -118,13 +118,71 @@ def test_a_flipped_byte_is_noticed(client: Any, tmp_path: Path) -> None:
     assert ingest(client, tmp_path)[1] == 40
 
 
-def test_a_file_that_is_no_cache_is_one_line(
+def damage(data: bytes, kind: str) -> bytes:
+    """A cache file with some of it overwritten or gone."""
+    noise = np.random.default_rng(0).bytes(len(data))
+    third = len(data) // 3
+    return {
+        "no database": b"not a database, " * 1000,
+        "first page overwritten": data[:100] + noise[100:4096] + data[4096:],
+        "cut short": data[:third],
+        "from the second page on overwritten": data[:4096] + noise[4096:],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["no database", "first page overwritten", "cut short", "from the second page on overwritten"]
+)
+def test_a_damaged_cache_is_set_aside_and_made_anew(
+    client: Any, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str
+) -> None:
+    right, _ = ingest(client, tmp_path)
+    bad = damage((tmp_path / "pixels.sqlite").read_bytes(), kind)
+    (tmp_path / "pixels.sqlite").write_bytes(bad)
+    (tmp_path / "pixels.sqlite-wal").write_bytes(b"its log")
+    capsys.readouterr()
+    pixels, cached = ingest(client, tmp_path)
+    assert cached == 0
+    assert same(pixels, right)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    (aside,) = tmp_path.glob("damaged-*-pixels.sqlite")
+    assert str(aside) in said
+    assert str(tmp_path / "pixels.sqlite") in said
+    assert aside.read_bytes() == bad  # it may be someone's file: nothing is deleted
+    pixels, cached = ingest(client, tmp_path)
+    assert cached == 40
+    assert same(pixels, right)
+
+
+def test_no_damage_gives_wrong_pixels(client: Any, tmp_path: Path) -> None:
+    """Bytes overwritten anywhere, and the file cut anywhere: pixels are right, from what is left or from S3."""
+    right, _ = ingest(client, tmp_path)
+    whole, random = (tmp_path / "pixels.sqlite").read_bytes(), np.random.default_rng(0)
+    kept = []
+    for turn in range(12):
+        bad = bytearray(whole)
+        start = random.integers(100, len(whole))  # SQLite's words for a damaged header are an error line, as they came
+        bad[start : start + 40] = random.bytes(len(bad[start : start + 40]))
+        (tmp_path / "pixels.sqlite").write_bytes(bad if turn % 3 else bad[:start])
+        pixels, cached = ingest(client, tmp_path)
+        assert same(pixels, right)
+        kept.append(cached)
+        for file in tmp_path.iterdir():
+            file.unlink()
+    assert max(kept) > 30
+    assert min(kept) < 40
+
+
+def test_a_database_of_others_is_one_line_and_stays(
     client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "pixels.sqlite").write_bytes(b"not a database, " * 1000)
+    with contextlib.closing(sqlite3.connect(tmp_path / "pixels.sqlite")) as open_:
+        open_.execute("CREATE TABLE pixels (mine)")
     monkeypatch.setattr("sys.argv", ["xray_tensorflow.py"])
     assert xray.run_script(lambda: ingest(client, tmp_path)) == 2
     assert "cache" in capsys.readouterr().err.splitlines()[-1]
+    with contextlib.closing(sqlite3.connect(tmp_path / "pixels.sqlite")) as open_:
+        assert [row[0] for row in open_.execute("SELECT name FROM sqlite_master")] == ["pixels"]
 
 
 def test_a_killed_process_loses_nothing_that_it_had_stored(credentials: Path, client: Any, tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error(
     assert not serves(port)
 
 
-@pytest.mark.parametrize("victim", ["java", "python"])
+@pytest.mark.parametrize("victim", ["java", pytest.param("python", marks=pytest.mark.slow)])
 def test_a_killed_driver_leaves_no_process(
     submitted: tuple, asynchronous: list, port: int, tmp_path: Path, victim: str
 ) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, SCRIPT, run_process
+from helpers import ROOT, SCRIPT, SECRETS, check_processes, run_process
 
 SCRIPTS = sorted(ROOT.glob("xray_*.py"))
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
@@ -98,6 +100,15 @@ assert not {"tensorflow", "keras", "matplotlib"} & set(sys.modules)
     imported = run_process([sys.executable, "-c", program, ROOT], cwd=tmp_path)
     assert (imported.code, imported.stdout, imported.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_secret_that_ps_would_show_is_noticed() -> None:
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, "TOKEN": SECRETS["aws_session_token"]}) as process:
+        try:
+            with pytest.raises(AssertionError, match=str(process.pid)):
+                check_processes()
+        finally:
+            process.kill()
 
 
 def test_a_script_alone_in_a_folder_runs_and_leaves_only_cache_and_run(run: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Callable
 
@@ -27,6 +30,8 @@ RGBA = PICTURE.convert("RGBA")
 RGBA.putalpha(90)  # NIH's alpha channels carry nothing: the grey must not be mixed with a background
 PALETTE = Image.fromarray((GREY > 100).astype(np.uint8), "P")
 PALETTE.putpalette([40] * 3 + [200] * 3)
+MOVING = io.BytesIO()
+PICTURE.save(MOVING, "PNG", save_all=True, append_images=[PICTURE.point(lambda level: 255 - level)], duration=100)
 READABLE = {
     "L": encode(PICTURE),
     "LA": encode(RGBA.convert("LA")),
@@ -36,7 +41,18 @@ READABLE = {
     "16 bits": encode(Image.fromarray(GREY.astype(np.uint16) * 256 + 77)),
     "JPEG": encode(PICTURE, "JPEG"),
     "CMYK JPEG": encode(PICTURE.convert("CMYK"), "JPEG"),
+    "animated": MOVING.getvalue(),  # its first picture counts
 }
+
+
+def png(width: int, height: int, pixels: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    """A grey PNG of 8 bits with any size in its header, any compressed pixels and any more chunks."""
+    head = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), *more, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(data)) + kind + data for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(part + struct.pack(">I", zlib.crc32(part[4:])) for part in parts)
+
+
 WHOLE = draw_radiograph("00000001_000.png", [], 64)
 UNREADABLE = {
     "truncated": WHOLE[: len(WHOLE) // 2],
@@ -44,6 +60,9 @@ UNREADABLE = {
     "HTML": b"<html>Service unavailable</html>",
     "zero bytes": b"",
     "damaged": WHOLE[:200] + bytes(100) + WHOLE[300:],
+    "20000 x 20000 in 70 bytes": png(20000, 20000, b""),
+    "13000 x 13000, all of them there": png(13000, 13000, bytes(13001 * 13000)),
+    "text of 64 MB": png(1, 1, bytes(2), (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26)))),
 }
 
 
@@ -61,6 +80,15 @@ def test_one_bit() -> None:
     pixels = xray.decode(encode(Image.fromarray(GREY > 100)), 32)
     assert np.unique(pixels[:, :14]) == [0]
     assert np.unique(pixels[:, 18:]) == [255]
+
+
+def test_a_bit_flipped_anywhere_is_noticed() -> None:
+    right = xray.decode(WHOLE, 32)
+    for place in range(8, len(WHOLE)):
+        flipped = bytearray(WHOLE)
+        flipped[place] ^= 1 << place % 8
+        with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error):  # what an unreadable file raises
+            assert np.array_equal(xray.decode(bytes(flipped), 32), right), place
 
 
 def test_a_large_radiograph_is_averaged_not_sampled() -> None:
@@ -86,7 +114,7 @@ def odd(credentials: Path) -> dict[str, str]:
 
 def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict, tmp_path: Path) -> None:
     client = client_of(credentials)
-    options = ["--bucket", "odd", "--image-size", 32, "--batch-size", 8, "--cache", tmp_path, "--max-skipped", 0.1]
+    options = ["--bucket", "odd", "--image-size", 32, "--batch-size", 8, "--cache", tmp_path, "--max-skipped", 0.2]
     table = xray.select_images(client, parse(*options))
     pixels, skipped, cached = xray.ingest(client, parse(*options), table)
     assert {table["image"][row] for row in skipped} == set(odd)
@@ -95,7 +123,7 @@ def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict
     for row in set(range(60)) - set(skipped):
         assert np.array_equal(pixels[row], xray.decode(READABLE["LA"], 32))
     # They are asked for again by the next run: someone may have mended them.
-    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[2] == 55
+    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[2] == 60 - len(UNREADABLE)
 
 
 def test_too_many_unreadable_images(credentials: Path, odd: dict, tmp_path: Path) -> None:

@@ -1,0 +1,222 @@
+"""A run that a kill or a disk ends: what is in the run folder is whole, and the next run ends as an unbroken one.
+
+By default a few moments of each kind; all of them: pytest -m slow tests/test_kills.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import victim
+from helpers import QUICK, one_line
+from PIL import Image
+
+IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
+BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 of training and 6 of validation
+BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file, of 6.6 MB
+EVENTS = range(1, 21)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
+ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
+MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
+FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), *(("event", n) for n in (3, 8, 12, 14, 18))}
+MARKED = [pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS]
+
+
+class Unbroken(NamedTuple):
+    options: list[Any]  # with a full cache
+    folder: Path
+    result: dict
+
+
+@pytest.fixture(scope="module")
+def unbroken(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """A run that nothing has killed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    options = ["--credentials", credentials, *QUICK, "--epochs", 2, "--cache", folder / "cache"]
+    ended = victim.run([*options, "--output", folder / "run"], folder / "screen")
+    assert ended.code == 0, ended.stderr
+    return Unbroken(options, folder / "run", json.loads(ended.stdout.splitlines()[-1]))
+
+
+def stored(cache: Path) -> int:
+    with contextlib.closing(sqlite3.connect(cache / "pixels.sqlite")) as open_:
+        return open_.execute("SELECT count(*) FROM pixels").fetchone()[0]
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """All that a checkpoint holds."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]}) if hasattr(item, "shape") else None)
+    return found
+
+
+def losses(folder: Path) -> pd.DataFrame:
+    rows = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+    return rows[["epoch", "loss", "validation_loss", "validation_auroc"]]
+
+
+def check_whole(folder: Path, unbroken: Path) -> int:
+    """Fail where a file has anything but its whole content. Returns how many epochs have ended."""
+    names = {path.name for path in folder.glob("[!.]*")}
+    for name in names & {"skipped.csv", "predictions.csv"}:
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
+    for name in names & {"config.json", "metrics.json"}:
+        assert json.loads((folder / name).read_text()).keys() == json.loads((unbroken / name).read_text()).keys()
+    for name in names & {"model.keras"}:
+        assert zipfile.ZipFile(folder / name).testzip() is None
+    for name in names & {"report.png"}:
+        Image.open(folder / name).load()
+    for name in names & {"checkpoint-1.weights.h5", "checkpoint-2.weights.h5"}:
+        assert arrays(folder / name)
+    if "history.csv" not in names:
+        return 0
+    rows = losses(folder)
+    pd.testing.assert_frame_equal(rows, losses(unbroken)[: len(rows)], check_exact=True)
+    assert f"checkpoint-{len(rows)}.weights.h5" in names
+    return len(rows)
+
+
+@pytest.mark.parametrize("moment", MARKED, ids="{0[0]} {0[1]}".format)
+def test_a_killed_run_ends_as_an_unbroken_one(unbroken: Unbroken, tmp_path: Path, moment: victim.Moment) -> None:
+    folder, options = tmp_path / "run", [*unbroken.options, "--output", tmp_path / "run"]
+    if moment[0] == "image":
+        options[options.index("--cache") + 1] = tmp_path / "cache"
+    killed = victim.run(options, tmp_path / "killed", moment)
+    assert killed.code == (-signal.SIGXFSZ if moment[0] == "byte" else -signal.SIGKILL), killed.stderr
+    epochs = check_whole(folder, unbroken.folder)
+    fetched = stored(tmp_path / "cache" if moment[0] == "image" else unbroken.folder.parent / "cache")
+    begun = (folder / "config.json").exists()
+
+    again = victim.run([*options, *["--resume"] * begun], tmp_path / "again")
+    assert again.code == 0, again.stderr
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert result["ingest"]["from_cache"] == fetched
+    assert re.findall(r"continuing after epoch (\d+)", again.stdout) == [str(epochs)] * bool(epochs)
+    assert check_whole(folder, unbroken.folder) == 2
+    assert [result[name] for name in ("images", "auroc", "thresholds")] == [
+        unbroken.result[name] for name in ("images", "auroc", "thresholds")
+    ]
+    mine, its = (arrays(path / "checkpoint-2.weights.h5") for path in (folder, unbroken.folder))
+    assert mine.keys() == its.keys()
+    assert all(np.array_equal(mine[name], its[name]) for name in its)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [400_000, 1_600_000])  # of 2.1 MB
+def test_ended_while_it_writes_the_model(unbroken: Unbroken, tmp_path: Path, count: int) -> None:
+    folder, options = tmp_path / "run", [*unbroken.options, "--output", tmp_path / "run", "--resume"]
+    shutil.copytree(unbroken.folder, folder)
+    for path in folder.glob("[mr]*"):  # model, metrics and report
+        path.unlink()
+    killed = victim.run(options, tmp_path / "killed", ("byte", count))
+    assert killed.code == -signal.SIGXFSZ, killed.stderr
+    assert not list(folder.glob("[mr]*"))
+    assert check_whole(folder, unbroken.folder) == 2
+    again = victim.run(options, tmp_path / "again")
+    assert again.code == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Call with mount options of a small disk, again to change them: its folder."""
+    folder, mounted = tmp_path / "disk", []
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        how = ["-o", f"{'remount,' * bool(mounted)}{options}"]
+        done = subprocess.run(["mount", "-t", "tmpfs", *how, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode and not mounted:
+            pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr
+        mounted.append(options)
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -> None:
+    cache = disk("size=400k") / "cache"
+    options = [*unbroken.options, "--cache", cache, "--output", tmp_path / "run"]
+    full = victim.run(options, tmp_path / "full")
+    assert "disk is full" in one_line(full.code, full.stderr)
+    disk("size=9m")
+    had = stored(cache)
+    assert 20 < had < 400
+    ended = victim.run(options, tmp_path / "ended")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["ingest"]["from_cache"] == had
+
+
+# Where the disk is full: config.json; the first checkpoint, of 6.6 MB; the second, beside which the first must stay.
+@pytest.mark.parametrize(("size", "epochs"), [("4k", 0), ("3m", 0), ("10m", 1)])
+def test_a_full_output_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path, size: str, epochs: int) -> None:
+    folder = disk(f"size={size}") / "run"
+    options = [*unbroken.options, "--output", folder]
+    full = victim.run(options, tmp_path / "full")
+    assert "No space left on device" in one_line(full.code, full.stderr)
+    assert check_whole(folder, unbroken.folder) == epochs
+    disk("size=40m")
+    resume = ["--resume"] * (folder / "config.json").exists()
+    ended = victim.run([*options, *resume], tmp_path / "ended")
+    assert ended.code == 0, ended.stderr
+    assert check_whole(folder, unbroken.folder) == 2
+    assert json.loads(ended.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
+
+
+@pytest.mark.parametrize("name", ["model.keras", "report.png"])
+def test_a_disk_full_when_the_result_is_written(unbroken: Unbroken, disk: Callable, tmp_path: Path, name: str) -> None:
+    folder = disk("size=40m") / "run"
+    shutil.copytree(unbroken.folder, folder)
+    for path in folder.glob("[mr]*"):  # model, metrics and report
+        path.unlink()
+    used = sum(path.stat().st_size for path in folder.iterdir())
+    model = (unbroken.folder / "model.keras").stat().st_size * (name == "report.png")
+    disk(f"size={(used + model) // 1024 + 60}k")
+    options = [*unbroken.options, "--output", folder, "--resume"]
+    full = victim.run(options, tmp_path / "full")
+    assert "No space left on device" in one_line(full.code, full.stderr)
+    assert check_whole(folder, unbroken.folder) == 2
+    assert not (folder / name).exists()
+    disk("size=40m")
+    ended = victim.run(options, tmp_path / "ended")
+    assert ended.code == 0, ended.stderr
+    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+
+
+@pytest.mark.parametrize("option", ["--output", "--cache"])
+def test_a_read_only_folder(unbroken: Unbroken, disk: Callable, tmp_path: Path, option: str) -> None:
+    folder = disk("ro")
+    options = [*unbroken.options, "--output", tmp_path / "run", option, folder / "new"]
+    ended = victim.run(options, tmp_path / "screen")
+    error = one_line(ended.code, ended.stderr)
+    assert "Read-only file system" in error
+    assert str(folder) in error
+
+
+def test_a_cache_that_became_read_only(unbroken: Unbroken, disk: Callable, tmp_path: Path) -> None:
+    folder = disk("size=9m")
+    shutil.copytree(unbroken.folder.parent / "cache", folder / "cache")
+    disk("ro")
+    options = [*unbroken.options, "--cache", folder / "cache", "--output", tmp_path / "run"]
+    ended = victim.run(options, tmp_path / "screen")
+    assert "cache" in one_line(ended.code, ended.stderr)
