@@ -44,7 +44,31 @@ def our_training(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def stock_keras(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """An epoch of the same CNN with Keras' layers as they are, compiled and fitted as Keras' guides have it."""
+    """An epoch of the same CNN with Keras' layers as they are, compiled as Keras' guides have it, a step at a time."""
+    model, pixels, truth = stock_model(arguments, images)
+
+    def epoch() -> None:
+        order = np.random.default_rng(0).permutation(images)
+        for rows in np.split(order, range(arguments.batch_size, images, arguments.batch_size)):
+            model.train_on_batch(pixels[rows], truth[rows])
+
+    return epoch
+
+
+def stock_keras_without_onednn(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """The same with the kernels that TensorFlow takes by default on CPUs without AVX-512 VNNI."""
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+    return stock_keras(arguments, images)
+
+
+def stock_keras_fit(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """The same by `fit` on arrays: tf.data's autotuner holds up the end of an epoch until it wakes."""
+    model, pixels, truth = stock_model(arguments, images)
+    return lambda: model.fit(pixels, truth, arguments.batch_size, verbose=0)
+
+
+def stock_model(arguments: Namespace, images: int) -> tuple:
+    """The compiled model, pixels (images, size, size, 1) and labels."""
     import tensorflow as tf
 
     import xray_tensorflow as xray
@@ -55,13 +79,7 @@ def stock_keras(arguments: Namespace, images: int) -> Callable[[], Any]:
     xray.speed_up = lambda model: None
     model = xray.build_cnn(arguments, truth)
     model.compile("adam", "binary_crossentropy")
-    return lambda: model.fit(pixels[..., np.newaxis], truth, arguments.batch_size, verbose=0)
-
-
-def stock_keras_without_onednn(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The same with the kernels that TensorFlow takes by default on CPUs without AVX-512 VNNI."""
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
-    return stock_keras(arguments, images)
+    return model, pixels[..., np.newaxis], truth
 
 
 def pytorch_mobilenet() -> Any:
