@@ -722,6 +722,16 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
         figure.savefig(partial, dpi=120)
 
 
+def peak_memory() -> int:
+    """The largest resident memory of this process, in bytes."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which on Linux begins with the peak of the process that started this one.
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
 def write_result(
     folder: Path, model: Any, table: pd.DataFrame, report: pd.DataFrame, history: pd.DataFrame, measured: dict
 ) -> None:
@@ -755,10 +765,7 @@ def write_result(
         "evaluate": {"seconds": seconds["evaluate"]},
         "auroc": {"mean": mean, "ci95": [low, high], "per_label": columns["AUROC"]},
         "thresholds": {label: columns["threshold"][label] for label in LABELS},
-        # Linux counts in units of 1024 bytes, macOS in bytes.
-        "peak_memory_mb": {
-            "driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (10**6 if sys.platform == "darwin" else 977)
-        },
+        "peak_memory_mb": {"driver": peak_memory() // 10**6},
         "target": measured["target"],
         "versions": versions(),
     }
