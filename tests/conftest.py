@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, one_line, run_proc
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials  # noqa: E402
 
 import xray_tensorflow as xray  # noqa: E402  the scripts stand beside tests/, in no package
+
+# A shell's background job ignores Ctrl-C, and would hand that on to the scripts that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

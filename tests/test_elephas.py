@@ -293,6 +293,7 @@ def elephas_bytes(weights: list[np.ndarray]) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.slow
 def test_an_executor_lost_in_asynchronous_mode_is_an_error(
     submitted: tuple, asynchronous: list, port: int, tmp_path: Path
 ) -> None:
@@ -314,7 +315,8 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error(
     assert not serves(port)
 
 
-@pytest.mark.parametrize("victim", ["java", pytest.param("python", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["java", "python"])
 def test_a_killed_driver_leaves_no_process(
     submitted: tuple, asynchronous: list, port: int, tmp_path: Path, victim: str
 ) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ assert not {"tensorflow", "keras", "matplotlib"} & set(sys.modules)
 def test_a_secret_that_ps_would_show_is_noticed() -> None:
     with subprocess.Popen(["sleep", "60"], env={**os.environ, "TOKEN": SECRETS["aws_session_token"]}) as process:
         try:
+            while not Path(f"/proc/{process.pid}/environ").read_bytes():  # a moment after Popen the kernel fills it in
+                time.sleep(0.01)
             with pytest.raises(AssertionError, match=str(process.pid)):
                 check_processes()
         finally:
