@@ -1,7 +1,7 @@
 """Measure speed, memory and learning against what a user would write instead; writes the tables of docs/results.md.
 
     pip install -r tests/requirements-benchmark.txt
-    python tests/benchmark.py                    everything: about 35 minutes on two idle cores
+    python tests/benchmark.py                    everything, on two idle cores
     python tests/benchmark.py steps pixels       these groups alone; the other tables stay as they are
 
 Nothing is compared with a figure of another day: the peers of a table take turns in one run. A
@@ -255,36 +255,43 @@ def peak_memory(pid: int) -> int:
 
 def scripts() -> str:
     """The sequential script against Elephas with two workers of one core each: ingest, epochs, memory."""
-    runs: dict[str, list[dict]] = {"xray_tensorflow.py": [], "xray_elephas.py": []}
-    small = {}
+    runs, small = {}, {}
     with served(made_up_bucket(3000)) as (folder, credentials):
-        for turn, (script, results) in itertools.product(range(1), runs.items()):
-            options = ["--credentials", credentials, "--epochs", 3, "--cache", folder / f"cache-{script}-{turn}"]
-            results.append(run_whole(script, options, folder / f"{script}-{turn}"))
-            if not turn:
-                options[3] = 1
-                small[script] = run_whole(script, [*options, "--limit", 500], folder / f"{script}-small")
-    rows = []
-    for what, goal_of, value in (
-        ("ingest, images a second (50 ms a GET)", 1.7, lambda run: run["ingest"]["images_per_second"]),
-        ("training, images a second, epochs after the first", 1.8, lambda run: run["train"]["images_per_second"]),
-    ):
-        one, two = ([value(run) for run in results] for results in runs.values())
-        rows.append((what, figures(one), figures(two), goal(ratio(two, one), goal_of)))
+        for script in ("xray_tensorflow.py", "xray_elephas.py"):
+            options = ["--credentials", credentials, "--epochs", 3, "--cache", folder / f"cache-{script}"]
+            runs[script] = run_whole(script, options, folder / script)
+            small[script] = run_whole(script, [*options, "--limit", 500], folder / f"{script}-small")
+    one, two = runs.values()
+    rows = [
+        (what, figures([value(one)]), figures([value(two)]), goal(value(two) / value(one), wanted))
+        for what, wanted, value in (
+            ("ingest, images a second (50 ms a GET)", 1.7, lambda run: run["ingest"]["images_per_second"]),
+            ("training, images a second, epochs after the first", 1.8, speed_of),
+        )
+    ]
     arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=2)
     for name, speed in peers.measure_in_turns([getattr(peers, name) for name in TRAINERS], arguments, 128, 2).items():
-        against = goal(ratio(two, speed), 1.1) if name == "pytorch" else f"{ratio(two, speed):.2f}"
-        rows.append((f"the same against {TRAINERS[name]} with two threads", figures(speed), figures(two), against))
-    one, two = ([seconds_of(run) for run in results] for results in runs.values())
-    rows.append(("whole run of 3 epochs, seconds", figures(one, 0), figures(two, 0), f"{ratio(one, two):.2f}"))
-    training = runs["xray_tensorflow.py"][0]["images"]["train"]
+        times = ratio([speed_of(two)], speed)
+        against = goal(times, 1.1) if name == "pytorch" else f"{times:.2f}"
+        what = f"the same against {TRAINERS[name]} with two threads"
+        rows.append((what, figures(speed), figures([speed_of(two)]), against))
+    seconds = [seconds_of(run) for run in (one, two)]
+    rows.append(
+        ("whole run of 3 epochs, seconds", *(f"{each:.0f}" for each in seconds), f"{seconds[0] / seconds[1]:.2f}")
+    )
     memory = [
-        (f"{count:,} images", *(f"{run['peak_memory_mb']['driver']:,}" for run in pair), f"{pair[1]['jvm_mb']:,}")
-        for count, pair in ((500, [*small.values()]), (3000, [results[0] for results in runs.values()]))
+        (f"{count:,} images", *(f"{run['peak_memory_mb']['driver']:,}" for run in pair.values()), f"{java:,}")
+        for count, pair in ((500, small), (3000, runs))
+        for java in [pair["xray_elephas.py"]["jvm_mb"]]
     ]
+    training = one["images"]["train"]
     head = f"3,000 images of 1024 pixels, {training:,} to train on | one process | xray_elephas.py, two workers"
     tall = "peak memory, MB | xray_tensorflow.py | driver of xray_elephas.py, Python | the same, Java"
     return f"{table(head + ' | ratio', rows)}\n\n{table(tall, memory)}"
+
+
+def speed_of(run: dict) -> float:
+    return run["train"]["images_per_second"]
 
 
 def seconds_of(run: dict) -> float:
