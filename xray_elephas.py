@@ -914,13 +914,15 @@ def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[i
 
 
 def warm_up(context: SparkContext, slots: int) -> None:
-    """Import TensorFlow in the executors' Python processes. Raises UserError for a package that a host lacks."""
+    """Import what the executors' Python processes need. Raises UserError for a package that a host lacks."""
 
     def find_missing(_: int) -> list[str]:
         wanted = ("boto3", "elephas", "pandas", "PIL", "scipy", "sklearn", "tensorflow", "tqdm", "yaml")
         missing = [f"{name} on {socket.gethostname()}" for name in wanted if importlib.util.find_spec(name) is None]
         if not missing:
             import_tensorflow()
+            for name in wanted:
+                importlib.import_module(name)
         return missing
 
     missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
@@ -988,7 +990,9 @@ def ingest(
     leave_out(skipped, table, arguments)
     pixels = arrivals.filter(lambda item: item[1] is not None).map(lambda item: item[:2])
     if folder:
-        pixels = through_cache(session, folder, entries, pixels, arguments.image_size)
+        if len(missing) > len(skipped):
+            store(session, folder, entries, pixels)
+        pixels = stored(session, folder, entries, arguments.image_size)
     data = divide(pixels, table["split"], arguments.workers)
     arrivals.unpersist()
     return data, skipped, len(cached)
@@ -996,6 +1000,9 @@ def ingest(
 
 def cached_rows(session: SparkSession, folder: str, entries: list[tuple]) -> set[int]:
     """The rows whose (key, etag) the cache holds."""
+    path = session._jvm.org.apache.hadoop.fs.Path(folder)
+    if not path.getFileSystem(session._jsc.hadoopConfiguration()).listStatus(path):
+        return set()  # it is new: Spark would take seconds to say so
     rows = {entry: row for row, entry in enumerate(entries)}
     known = session.read.schema(SCHEMA).parquet(folder).select("key", "etag").toLocalIterator()
     return {rows[tuple(entry)] for entry in known if tuple(entry) in rows}
@@ -1014,15 +1021,18 @@ def leave_out(skipped: dict[Any, str], table: pd.DataFrame, arguments: argparse.
         )
 
 
-def through_cache(session: SparkSession, folder: str, entries: list[tuple], fresh: RDD, size: int) -> RDD:
-    """(row, pixels) of all rows from the cache, once `fresh` is in it."""
+def store(session: SparkSession, folder: str, entries: list[tuple], fresh: RDD) -> None:
+    """Put (row, pixels) into the cache."""
+    lines = fresh.map(lambda item: (*entries[item[0]], item[1].tobytes()))
+    # A folder of its own for each run: Spark does not let two append to one at a time.
+    session.createDataFrame(lines, SCHEMA, verifySchema=False).write.parquet(f"{folder}/run={time.time_ns()}")
+
+
+def stored(session: SparkSession, folder: str, entries: list[tuple], size: int) -> RDD:
+    """(row, pixels) of all rows, from the cache."""
     rows = {entry: row for row, entry in enumerate(entries)}
-    if not fresh.isEmpty():
-        lines = fresh.map(lambda item: (*entries[item[0]], item[1].tobytes()))
-        # A folder of its own for each run: Spark does not let two append to one at a time.
-        session.createDataFrame(lines, SCHEMA, verifySchema=False).write.parquet(f"{folder}/run={time.time_ns()}")
-    stored = session.read.schema(SCHEMA).parquet(folder).rdd.filter(lambda entry: entry[:2] in rows)
-    return stored.map(lambda entry: (rows[entry[:2]], np.frombuffer(entry[2], np.uint8).reshape(size, size)))
+    found = session.read.schema(SCHEMA).parquet(folder).rdd.filter(lambda entry: entry[:2] in rows)
+    return found.map(lambda entry: (rows[entry[:2]], np.frombuffer(entry[2], np.uint8).reshape(size, size)))
 
 
 def divide(pixels: RDD, splits: pd.Series, count: int) -> dict[str, RDD]:

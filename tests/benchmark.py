@@ -195,8 +195,8 @@ def pixels() -> str:
         more = {"threads": 1, "folder": str(folder), "files": files}
         arguments = arguments_of("--credentials", credentials, "--weights", "none", **more)
         chosen = [peers.bare_decoding, peers.our_ingest]
-        speeds = peers.measure_in_turns(chosen, arguments, 400, 5)
-        # On ten times the images, as most of what it takes for few is to connect and list.
+        speeds = peers.measure_in_turns(chosen, arguments, 1200, 4)
+        # On more images, as most of what it takes for few is to connect and list.
         cached = peers.measure_in_turns([peers.our_cached_start], arguments, 4000, 5)["our_cached_start"]
         both = [peers.training_from_the_bucket, peers.our_training]
         epochs = peers.measure_in_turns(both, argparse.Namespace(**{**vars(arguments), "epochs": 1000}), 192, 3)
@@ -227,8 +227,9 @@ def run_whole(script: str, options: list[Any], output: Path, workers: int = 2) -
     if script == "xray_elephas.py":
         command = [
             Path(sys.executable).with_name("spark-submit"),
-            "--master",
-            f"local-cluster[{workers},1,1024]",
+            *("--master", f"local-cluster[{workers},1,1024]"),
+            # So small that what Java has in memory is what it needs, not garbage that it had no reason to collect.
+            *("--driver-memory", "512m"),
             command[1],
         ]
     command += [*options, "--weights", "none", "--output", output]
@@ -256,7 +257,7 @@ def peak_memory(pid: int) -> int:
 def scripts() -> str:
     """The sequential script against Elephas with two workers of one core each: ingest, epochs, memory."""
     runs, small = {}, {}
-    with served(made_up_bucket(3000)) as (folder, credentials):
+    with served(made_up_bucket(6000)) as (folder, credentials):
         for script in ("xray_tensorflow.py", "xray_elephas.py"):
             options = ["--credentials", credentials, "--epochs", 3, "--cache", folder / f"cache-{script}"]
             runs[script] = run_whole(script, options, folder / script)
@@ -281,11 +282,11 @@ def scripts() -> str:
     )
     memory = [
         (f"{count:,} images", *(f"{run['peak_memory_mb']['driver']:,}" for run in pair.values()), f"{java:,}")
-        for count, pair in ((500, small), (3000, runs))
+        for count, pair in ((500, small), (6000, runs))
         for java in [pair["xray_elephas.py"]["jvm_mb"]]
     ]
     training = one["images"]["train"]
-    head = f"3,000 images of 1024 pixels, {training:,} to train on | one process | xray_elephas.py, two workers"
+    head = f"6,000 images of 1024 pixels, {training:,} to train on | one process | xray_elephas.py, two workers"
     tall = "peak memory, MB | xray_tensorflow.py | driver of xray_elephas.py, Python | the same, Java"
     return f"{table(head + ' | ratio', rows)}\n\n{table(tall, memory)}"
 

@@ -301,10 +301,10 @@ def read_rows(labels: Path = LABELS) -> list[tuple[str, list[str]]]:
 
 
 @contextmanager
-def serve() -> Iterator[str]:
-    """An empty S3 server on 127.0.0.1 for as long as the block lasts: yields its endpoint URL."""
+def serve(address: str = "127.0.0.1") -> Iterator[str]:
+    """An empty S3 server on this machine for as long as the block lasts: yields its endpoint URL."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"

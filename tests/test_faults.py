@@ -111,6 +111,7 @@ def test_stalls_end_at_the_read_timeout(
     assert_right(pixels, right)
 
 
+@pytest.mark.slow
 def test_one_stall_of_each_kind_with_the_real_timeout(credentials: Path, right: dict, tmp_path: Path) -> None:
     with faulty(credentials, tmp_path, every=200, kinds=STALLS) as (proxy, through):
         pixels = ingest(through, tmp_path)

@@ -135,7 +135,14 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
 
 
 # float32 without XLA is test_cnn.py's.
-@pytest.mark.parametrize(("precision", "xla"), [("float32", True), ("mixed_float16", False), ("mixed_float16", True)])
+@pytest.mark.parametrize(
+    ("precision", "xla"),
+    [
+        pytest.param("float32", True, marks=pytest.mark.slow),
+        pytest.param("mixed_float16", False, marks=pytest.mark.slow),
+        ("mixed_float16", True),
+    ],
+)
 def test_a_step_is_as_right_as_that_of_stock_layers(policy: Any, precision: str, xla: bool) -> None:
     """Fast layers against Keras' own in float32: no further from them than rounding takes Keras' own.
 
