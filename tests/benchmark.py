@@ -151,6 +151,23 @@ def compare(name: str, ours: list[float], theirs: list[float]) -> str:
     return goal(ratio(ours, theirs), GOALS[name]) if name in GOALS else "1.00"
 
 
+def cores() -> str:
+    """What more cores give to training without Spark: TensorFlow's own threads, and processes that share nothing."""
+    one, two, together = [], [], []
+    for _ in range(3):  # in turns, as the machine may not be as fast all the time
+        for speeds, threads in ((one, 1), (two, 2)):
+            arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=threads)
+            speeds += peers.measure_in_turns([peers.our_training], arguments, 256, 2)["our_training"]
+        arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=1)
+        together += peers.measure_together(peers.our_training, arguments, 256, 2)
+    rows = [
+        ("xray_tensorflow.py on one core", figures(one), "1.00"),
+        ("xray_tensorflow.py --threads 2", figures(two), f"{ratio(two, one):.2f}"),
+        ("two processes of it, which share nothing", figures(together), f"{ratio(together, one):.2f}"),
+    ]
+    return table("128 pixels, from scratch, no Spark | images a second | against one core", rows)
+
+
 def save_weights(folder: str) -> str:
     """A file of weights for the CNN, made in a process of its own: which ones does not change the speed."""
     path = f"{folder}/mobilenet.weights.h5"
@@ -418,7 +435,7 @@ def profile() -> str:
     return table("part of a step of 32 images, 128 pixels, one thread | ms | share", rows) + "\n\n" + text
 
 
-GROUPS = {group.__name__: group for group in (steps, pixels, scripts, learning, growth, profile)}
+GROUPS = {group.__name__: group for group in (steps, cores, pixels, scripts, learning, growth, profile)}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Callable
@@ -344,4 +344,20 @@ def measure_in_turns(peers: list[Callable], arguments: Namespace, images: int, r
                 pipe.send(True)
                 speeds.setdefault(name, []).append(pipe.recv())
             print({name: round(speed[-1], 1) for name, speed in speeds.items()}, flush=True)
+    return speeds
+
+
+def measure_together(peer: Callable, arguments: Namespace, images: int, rounds: int) -> list[float]:
+    """Images a second of as many processes of `peer` as there are cores, all at once, each on a core of its own."""
+    cores, speeds = os.sched_getaffinity(0), []
+    with ExitStack() as stack:
+        pipes: list[Connection] = []
+        for core in cores:
+            os.sched_setaffinity(0, {core})  # the process inherits it
+            pipes += stack.enter_context(started([peer], arguments, images)).values()
+        os.sched_setaffinity(0, cores)
+        for _ in range(rounds):
+            for pipe in pipes:
+                pipe.send(True)
+            speeds.append(sum(pipe.recv() for pipe in pipes))
     return speeds
