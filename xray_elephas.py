@@ -959,15 +959,15 @@ def open_cache(session: SparkSession, credentials: dict[str, str], arguments: ar
     source = f"{credentials.get('endpoint_url')} {arguments.bucket} {arguments.image_size}"
     try:
         files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
+        if files.getScheme() == "file" and "file:" not in uri and not session.sparkContext.master.startswith("local"):
+            print(f"no cache: --cache {uri} is on this host only; name hdfs:, s3a: or, for a shared folder, file:")
+            return None
         folder = hadoop.Path(files.makeQualified(hadoop.Path(uri)), hashlib.sha256(source.encode()).hexdigest()[:16])
         made = files.mkdirs(folder)
     except Py4JJavaError as error:
         raise UserError(f"--cache {uri} cannot be used: {first_line(error)}") from None
     if not made:
         raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
-    if files.getScheme() == "file" and "file:" not in uri and not session.sparkContext.master.startswith("local"):
-        print(f"no cache: --cache {uri} is on this host only; name hdfs:, s3a: or, for a shared folder, file:")
-        return None
     return folder.toString()
 
 
