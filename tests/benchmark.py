@@ -159,7 +159,7 @@ def cores() -> str:
             arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=threads)
             speeds += peers.measure_in_turns([peers.our_training], arguments, 256, 2)["our_training"]
         arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=1)
-        together += peers.measure_together(peers.our_training, arguments, 256, 2)
+        together += peers.measure_together(peers.our_training, arguments, 256, 2, count=2)
     rows = [
         ("xray_tensorflow.py on one core", figures(one), "1.00"),
         ("xray_tensorflow.py --threads 2", figures(two), f"{ratio(two, one):.2f}"),

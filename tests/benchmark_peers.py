@@ -347,12 +347,12 @@ def measure_in_turns(peers: list[Callable], arguments: Namespace, images: int, r
     return speeds
 
 
-def measure_together(peer: Callable, arguments: Namespace, images: int, rounds: int) -> list[float]:
-    """Images a second of as many processes of `peer` as there are cores, all at once, each on a core of its own."""
+def measure_together(peer: Callable, arguments: Namespace, images: int, rounds: int, count: int) -> list[float]:
+    """Images a second of `count` processes of `peer` together, at once, each on a core of its own."""
     cores, speeds = os.sched_getaffinity(0), []
     with ExitStack() as stack:
         pipes: list[Connection] = []
-        for core in cores:
+        for core in sorted(cores)[-count:]:
             os.sched_setaffinity(0, {core})  # the process inherits it
             pipes += stack.enter_context(started([peer], arguments, images)).values()
         os.sched_setaffinity(0, cores)

@@ -21,7 +21,7 @@ from helpers import QUICK, ROOT, SECRETS, edited, run_process
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 from test_elephas import free_port, result_of
 
-SPARK = Path(sys.executable).parent.parent.glob("lib/python3*/site-packages/pyspark/bin/spark-class")
+SPARK = Path(pytest.importorskip("pyspark").__file__).parent / "bin" / "spark-class"
 DRIVER = "10.77.0.1"  # and 10.77.0.2, 10.77.0.3 for the executors' hosts
 
 pytestmark = pytest.mark.slow
@@ -65,21 +65,21 @@ class Cluster(NamedTuple):
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if os.getuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2")
-    folder, (spark_class,), port = tmp_path_factory.mktemp("hosts"), SPARK, free_port()
-    spark, master = [str(spark_class)], f"spark://{DRIVER}:{port}"
+    folder, port = tmp_path_factory.mktemp("hosts"), free_port()
+    master = f"spark://{DRIVER}:{port}"
     with contextlib.ExitStack() as stack:
         namespaces = stack.enter_context(hosts())
         endpoint = stack.enter_context(serve(DRIVER))
         fill_bucket(connect(endpoint), BUCKET, read_rows(), 64)
         credentials = edited(write_credentials(folder, endpoint), folder, **SECRETS)
         words = ["org.apache.spark.deploy.master.Master", "--host", DRIVER, "--port", port, "--webui-port", 0]
-        commands = [[*spark, *words]]
+        commands = [[SPARK, *words]]
         for name in namespaces:
             words = ["org.apache.spark.deploy.worker.Worker", "--host", f"10.77.0.{name[-1]}", "--cores", 1]
             words += ["--memory", "1g", "--webui-port", 0, "--work-dir", folder / name, master]
-            commands.append(["ip", "netns", "exec", name, *spark, *words])
+            commands.append(["ip", "netns", "exec", name, SPARK, *words])
+        log = stack.enter_context((folder / "log").open("a"))
         for command in commands:
-            log = stack.enter_context((folder / f"{len(command)}.log").open("a"))
             process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
             stack.callback(process.wait)
             stack.callback(process.terminate)
