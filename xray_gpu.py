@@ -996,6 +996,8 @@ class RunFolder:
         (self.path / ".lock").unlink()
         self._lock.close()
         if not self._begun:
+            if self._copy:
+                shutil.rmtree(self.path)  # it is new: what was fetched from S3 stays there
             for folder in self._made:
                 with contextlib.suppress(OSError):  # another run has made its folder in it
                     folder.rmdir()
@@ -1187,7 +1189,7 @@ class S3Copy:
         """Fetch into `folder` what a resumed run needs."""
         with self._errors():
             for name in self._names():
-                if name.startswith("checkpoint-") or name in self.LAST:
+                if name.startswith("checkpoint-") or name in ("config.json", "history.csv"):
                     with replacing(folder / name) as partial:
                         partial.write_bytes(fetch(self._client, self._bucket, self._prefix + name))
                     self._sent[name] = (folder / name).stat().st_mtime_ns
