@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
+from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, one_line, run_process, secrets_in
+from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, one_line, run_process, secrets_in  # noqa: E402
-from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials  # noqa: E402
-
-import xray_tensorflow as xray  # noqa: E402  the scripts stand beside tests/, in no package
+import xray_tensorflow as xray
 
 # A shell's background job ignores Ctrl-C, and would hand that on to the scripts that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

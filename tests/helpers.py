@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -139,7 +141,25 @@ def run_script(*options: Any, **how: Any) -> Finished:
     return run_process([sys.executable, SCRIPT, *options], **how)
 
 
+def result_of(finished: Finished) -> dict:
+    """The result line of a run that ended well."""
+    assert finished.code == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def requirements(path: Path) -> list[str]:
+    """The pinned lines of a requirements file."""
+    lines = [line.split(" #")[0].strip() for line in path.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def ceph_client(endpoint: str) -> Any:
-    """A client for the server of tests/ceph_s3.sh, which checks signatures."""
+    """A client for the server of tests/stand_ins/ceph_s3.sh, which checks signatures."""
     keys = {"aws_access_key_id": "XRAYACCESSKEY", "aws_secret_access_key": "xraysecretkey"}
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)

@@ -14,17 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, SCRIPT, SECRETS, check_processes, run_process
+from helpers import ROOT, SCRIPT, SECRETS, check_processes, requirements, run_process
 
 SCRIPTS = sorted(ROOT.glob("xray_*.py"))
-SOURCES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
+SOURCES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
-
-
-def requirements(path: Path) -> list[str]:
-    """The pinned lines of a requirements file."""
-    lines = [line.split(" #")[0].strip() for line in path.read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def metadata(script: Path) -> tuple[str, list[str]]:

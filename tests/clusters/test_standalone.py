@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers import QUICK, ROOT, SECRETS, edited, run_process
+from helpers import QUICK, ROOT, SECRETS, edited, free_port, result_of, run_process
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
-from test_elephas import free_port, result_of
 
 SPARK = Path(pytest.importorskip("pyspark").__file__).parent / "bin" / "spark-class"
 DRIVER = "10.77.0.1"  # and 10.77.0.2, 10.77.0.3 for the executors' hosts

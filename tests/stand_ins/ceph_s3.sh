@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A real S3 server for the tests: a one-machine Ceph cluster with its S3 gateway (RGW), on loopback only.
 #
-#   tests/ceph_s3.sh FOLDER [PORT]    start it and print its endpoint (PORT: 7480; its monitor takes PORT+1)
-#   tests/ceph_s3.sh stop FOLDER      stop its processes; FOLDER itself (data, logs) is the caller's to remove
+#   tests/stand_ins/ceph_s3.sh FOLDER [PORT]    start it and print its endpoint (PORT: 7480; its monitor takes PORT+1)
+#   tests/stand_ins/ceph_s3.sh stop FOLDER      stop its processes; FOLDER itself (data, logs) is the caller's to remove
 #
 # FOLDER must be empty or absent. Access key XRAYACCESSKEY, secret xraysecretkey; it checks signatures like AWS.
 # Exit status: 3 when Debian packages are missing, 1 for any other failure; the last line on stderr says why.

@@ -1,4 +1,4 @@
-"""tests/compare_runs.py on run folders written by hand, and on a real one."""
+"""tests/tools/compare_runs.py on run folders written by hand, and on a real one."""
 
 from __future__ import annotations
 

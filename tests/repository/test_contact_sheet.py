@@ -1,4 +1,4 @@
-"""tests/contact_sheet.py: what it says of an image, and a sheet of a real run."""
+"""tests/tools/contact_sheet.py: what it says of an image, and a sheet of a real run."""
 
 from __future__ import annotations
 

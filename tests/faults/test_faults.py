@@ -1,4 +1,4 @@
-"""S3 that answers late, broken, half or not at all, through tests/fault_proxy.py: what becomes of the images."""
+"""S3 that answers late, broken, half or not at all, through the fault proxy: what becomes of the images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocks that several scripts share are the same in each: tests/sync_common.py, and that it would notice."""
+"""The blocks that several scripts share are the same in each: sync_common.py says so, and would notice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPTS = BLOCKS["the three scripts"]
 
 def test_blocks_of_the_scripts_are_equal() -> None:
     differences = sync()
-    assert not differences, "\n".join([*differences, "mend: python tests/sync_common.py --write"])
+    assert not differences, "\n".join([*differences, "mend: python tests/repository/sync_common.py --write"])
 
 
 def test_what_the_blocks_define() -> None:
@@ -69,11 +69,11 @@ def test_markers_missing_or_doubled(copies: Path, change: str) -> None:
 
 
 def test_the_command_says_that_all_is_equal() -> None:
-    assert run_process([sys.executable, ROOT / "tests" / "sync_common.py"]).code == 0
+    assert run_process([sys.executable, ROOT / "tests" / "repository" / "sync_common.py"]).code == 0
 
 
 def test_no_script_imports_a_sibling() -> None:
-    siblings = {Path(script).stem for script in SCRIPTS} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    siblings = {Path(script).stem for script in SCRIPTS} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
     for path in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

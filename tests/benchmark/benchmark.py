@@ -1,8 +1,8 @@
 """Measure speed, memory and learning against what a user would write instead; writes the tables of docs/results.md.
 
-    pip install -r tests/requirements-benchmark.txt
-    python tests/benchmark.py                    everything, on two idle cores
-    python tests/benchmark.py steps pixels       these groups alone; the other tables stay as they are
+    pip install -r tests/benchmark/requirements.txt
+    python tests/benchmark/benchmark.py                    everything, on two idle cores
+    python tests/benchmark/benchmark.py steps pixels       these groups alone; the other tables stay as they are
 
 Nothing is compared with a figure of another day: the peers of a table take turns in one run. A
 ratio is that of medians.
@@ -30,18 +30,19 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import benchmark_peers as peers
 import numpy as np
 import pandas as pd
+import peers
 from PIL import Image
-from sample_bucket import DEFAULTS, draw_radiograph, read_rows, write_credentials
-from sample_bucket import LABELS as SAMPLE_LABELS
-from static_s3 import static_s3
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts stand beside tests/, in no package
+ROOT = Path(__file__).resolve().parents[2]
+# The scripts and what stands in for a server are in no package.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "stand_ins")]
 
 import helpers  # noqa: E402
+from sample_bucket import DEFAULTS, draw_radiograph, read_rows, write_credentials  # noqa: E402
+from sample_bucket import LABELS as SAMPLE_LABELS  # noqa: E402
+from static_s3 import static_s3  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
 LATENCY = 0.05  # seconds of a GET: what S3 takes for its first byte
@@ -98,7 +99,7 @@ def version_of(package: str) -> str:
 def publish(group: str, tables: str) -> None:
     """Put the group's tables into docs/results.md, in the place of those before."""
     begin, end = f"<!-- {group}: begin -->", f"<!-- {group}: end -->"
-    where = f"*{machine()}; `python tests/benchmark.py {group}`*"
+    where = f"*{machine()}; `python tests/benchmark/benchmark.py {group}`*"
     text = RESULTS.read_text()
     before, after = text[: text.index(begin)], text[text.index(end) :]
     RESULTS.write_text(f"{before}{begin}\n{tables}\n\n{where}\n{after}")

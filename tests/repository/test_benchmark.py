@@ -21,7 +21,7 @@ def test_every_group_has_its_table() -> None:
         between = re.search(f"<!-- {group}: begin -->(.*)<!-- {group}: end -->", text, re.DOTALL)
         assert between, group
         assert "|---" in between[1]
-        assert f"`python tests/benchmark.py {group}`" in between[1]
+        assert f"`python tests/benchmark/benchmark.py {group}`" in between[1]
 
 
 def test_the_made_up_bucket_is_one_for_the_scripts() -> None:

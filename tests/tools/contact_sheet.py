@@ -1,13 +1,13 @@
 """Draw radiographs of a run's test split with their true and predicted findings: a sheet to look at, not a measure.
 
-    python tests/contact_sheet.py RUN_FOLDER [--cache DIR] [--output contact_sheet.png]
+    python tests/tools/contact_sheet.py RUN_FOLDER [--cache DIR] [--output contact_sheet.png]
 
 For each label one test image that has it is drawn at random (seed 0), so that rare findings are seen. A finding is
 predicted where its probability reaches the run's threshold (metrics.json). The pixels are those that the network saw,
 from the cache of xray_tensorflow.py or xray_gpu.py, which must be there still. The sample bucket's is made so:
 
     python tests/sample_bucket.py xray_tensorflow.py --cache cache --output runs/sample
-    python tests/contact_sheet.py runs/sample
+    python tests/tools/contact_sheet.py runs/sample
 """
 
 from __future__ import annotations

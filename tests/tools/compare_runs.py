@@ -1,6 +1,6 @@
 """Compare runs of the three scripts: a table, and a chart of how many times as fast as one CPU thread each trains.
 
-    python tests/compare_runs.py [--chart speedup.png] runs/*
+    python tests/tools/compare_runs.py [--chart speedup.png] runs/*
 
 reads config.json and metrics.json of each run folder. The runs must be of the same images, split and CNN, and one of
 them sequential (xray_tensorflow.py on one thread): the first of those is what the others are compared with. Exit code

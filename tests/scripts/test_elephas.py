@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import QUICK, ROOT, SECRETS, Finished, run_process
+from helpers import QUICK, ROOT, SECRETS, Finished, free_port, result_of, run_process
 from sample_bucket import TRUNCATED
 
 xray = pytest.importorskip("xray_elephas")
@@ -32,11 +32,6 @@ xray = pytest.importorskip("xray_elephas")
 SCRIPT = ROOT / "xray_elephas.py"
 CLUSTER = ["--master", "local-cluster[2,1,2048]"]
 WORDS = re.compile("|".join(map(re.escape, SECRETS.values())))
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
@@ -57,11 +52,6 @@ def error_line(finished: Finished) -> str:
     *_, last = shown.splitlines()
     assert last.startswith("xray_elephas.py: error: "), shown
     return last.split("error: ", 1)[1]
-
-
-def result_of(finished: Finished) -> dict:
-    assert finished.code == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def losses(folder: Path) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A run that a kill or a disk ends: what is in the run folder is whole, and the next run ends as an unbroken one.
 
-By default a few moments of each kind; all of them: pytest -m slow tests/test_kills.py
+By default a few moments of each kind; all of them: pytest -m slow tests/faults/test_kills.py
 """
 
 from __future__ import annotations

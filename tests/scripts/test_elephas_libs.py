@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers import ROOT, SHELLCHECK
-from test_house import requirements
+from helpers import ROOT, SHELLCHECK, requirements
 
 SCRIPT = ROOT / "elephas_libs.sh"
 PIP = """

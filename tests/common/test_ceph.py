@@ -15,7 +15,7 @@ from sample_bucket import BUCKET, fill_bucket, read_rows, write_credentials
 
 import xray_tensorflow as xray
 
-START = ROOT / "tests" / "ceph_s3.sh"
+START = ROOT / "tests" / "stand_ins" / "ceph_s3.sh"
 
 
 def free_port() -> int:

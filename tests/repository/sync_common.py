@@ -1,7 +1,7 @@
 """Check that the blocks which several scripts share are the same to the byte; with --write, copy them from their home.
 
-    python tests/sync_common.py            exit code 1 and a diff where they differ
-    python tests/sync_common.py --write    copy the blocks of xray_tensorflow.py to the scripts that have them
+    python tests/repository/sync_common.py            exit code 1 and a diff where they differ
+    python tests/repository/sync_common.py --write    copy the blocks of xray_tensorflow.py to those that have them
 
 A block stands between `# ---- common to NAME: begin ----` and `# ---- common to NAME: end ----`; text after the second
 dashes is free. Every script has the block of all three, those for one machine have a second one.
@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOME = "xray_tensorflow.py"
 BLOCKS = {
     "the three scripts": ["xray_tensorflow.py", "xray_gpu.py", "xray_elephas.py"],
@@ -58,5 +58,5 @@ def sync(root: Path = ROOT, write: bool = False) -> list[str]:
 if __name__ == "__main__":
     differences = sync(write="--write" in sys.argv[1:])
     if differences:
-        print(*differences, "mend: python tests/sync_common.py --write", sep="\n")
+        print(*differences, "mend: python tests/repository/sync_common.py --write", sep="\n")
         sys.exit(1)
