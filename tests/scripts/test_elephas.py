@@ -38,14 +38,23 @@ def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) 
     """Run the script, as it lies alone in `folder`, by spark-submit on two executors of one core."""
     settings = [word for setting in conf for word in ("--conf", setting)]
     shutil.copy(SCRIPT, folder)
-    command = [Path(sys.executable).with_name("spark-submit"), *CLUSTER, *settings, SCRIPT.name, *QUICK, *options]
+    command = [
+        Path(sys.executable).with_name("spark-submit"),
+        *CLUSTER,
+        *settings,
+        SCRIPT.name,
+        *QUICK,
+        *options,
+    ]
     # spark-submit takes the first python3 of PATH, which is this one only in an activated venv.
     return run_process(["env", f"PYSPARK_PYTHON={sys.executable}", *command], cwd=folder, **how)
 
 
 def error_line(finished: Finished) -> str:
     """The error of a run that met something the user can mend: one line, no trace of Python or Java."""
-    shown = finished.stderr + finished.stdout  # spark-submit passes on as stdout what the script writes to stderr
+    shown = (
+        finished.stderr + finished.stdout
+    )  # spark-submit passes on as stdout what the script writes to stderr
     assert finished.code == 2, shown
     assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
     assert not WORDS.search(shown)
@@ -132,10 +141,13 @@ def test_the_lone_file_writes_what_the_sequential_script_writes(submitted: tuple
     assert shape({**result, "target": 0}) == shape({**run.result, "target": 0})
     assert result["images"] == run.result["images"]
     assert result["train"]["epochs"] == 8
-    cluster = {"executors": 2, "partitions": 2, "cores_per_partition": 1, "master": CLUSTER[1]}
+    cluster = {"executors": 2, "workers": 2, "cores_per_worker": 1, "master": CLUSTER[1]}
     assert result["target"].items() >= {"mode": "synchronous", **cluster}.items()
-    names = {path.name.replace("-8.", "-3.") for path in output.iterdir()}
-    assert names == {path.name for path in run.folder.iterdir()}
+    checkpoints = {path.name for path in output.glob("checkpoint-*")}
+    assert checkpoints == {f"checkpoint-{epoch}.weights.h5" for epoch in (result["train"]["best_epoch"], 8)}
+    assert {path.name for path in output.iterdir()} - checkpoints == {
+        path.name for path in run.folder.glob("[!c]*")
+    } | {"config.json"}
     for name in ("history.csv", "predictions.csv", "skipped.csv"):
         assert (output / name).open().readline() == (run.folder / name).open().readline()
     with (output / "skipped.csv").open() as file:
@@ -174,7 +186,9 @@ def drivers(folder: Path) -> dict[str, int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         if str(folder / "run") in words:
-            found["java" if "org.apache.spark.deploy.SparkSubmit" in words else "python"] = int(cmdline.parent.name)
+            found["java" if "org.apache.spark.deploy.SparkSubmit" in words else "python"] = int(
+                cmdline.parent.name
+            )
     return found
 
 
@@ -230,17 +244,29 @@ def serves(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def post(port: int, body: bytes) -> int:
+def post(port: int, body: bytes, key: str = "") -> int:
     """The status of an update of the weights."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/update", body, headers)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/update", body) as answer:
+        with urllib.request.urlopen(request) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
 
 
-def test_asynchronous_among_strangers(submitted: tuple, asynchronous: list, port: int, tmp_path: Path) -> None:
-    """Garbage, weights of another shape and half a request reach the server while it serves: the run goes on."""
+def announce(port: int, size: int, key: str = "") -> bytes:
+    """The first line that answers an update of `size` bytes of which four come."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        head = f"POST /update HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {size}\r\n\r\n"
+        client.sendall(head.encode() + b"half")
+        return client.recv(1000).split(b"\r\n")[0]
+
+
+def test_asynchronous_among_strangers(
+    submitted: tuple, asynchronous: list, port: int, tmp_path: Path
+) -> None:
+    """Requests without the run's key reach the server while it serves, one of them half: the run goes on."""
     answers, halves = [], []
 
     def disturb() -> bool:
@@ -248,12 +274,16 @@ def test_asynchronous_among_strangers(submitted: tuple, asynchronous: list, port
             halves.append(socket.create_connection(("127.0.0.1", port)))
             halves[0].sendall(b"POST /update HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf")
             other_shape = elephas_bytes([np.zeros((2, 2), np.float32)])
-            answers.extend(post(port, body) for body in (b"garbage", b"\xff" * 100, b"", other_shape))
+            answers.extend(post(port, body) for body in (b"garbage", b"", other_shape))
+            answers.append(post(port, other_shape, key="guessed"))
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/parameters")
+            answers.append(refused.value.code)
         return False
 
     finished = submit(tmp_path, *asynchronous, conf=LOOPBACK, stop=(disturb, signal.SIGTERM))
     result = result_of(finished)
-    assert answers == [400] * 4
+    assert answers == [401] * 5
     assert result["target"]["mode"] == "asynchronous"
     assert result["train"]["epochs"] == 3
     history = losses(tmp_path / "run")
@@ -263,13 +293,57 @@ def test_asynchronous_among_strangers(submitted: tuple, asynchronous: list, port
     socket.create_server(("", port)).close()  # the server is gone
 
 
-def running_tasks(pages: int, caller: str) -> int:
-    """Tasks that run now of the stage that this file called for, by the REST API of Spark's UI."""
+@pytest.mark.parametrize("mode", ["asynchronous", "hogwild"])
+def test_what_the_parameter_server_takes(
+    keras: Any, port: int, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Updates of its weights by who has the key; anything else is refused, and holds nobody up."""
+    from elephas.utils.serialization import model_to_dict
+
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    server = xray.guarded_server(model_to_dict(model), port, mode, "the key")
+    like = [np.ones((3, 2), np.float32), np.ones(2, np.float32)]
+    good = elephas_bytes(like)
+    server.start()
+    try:
+        assert post(port, good) == post(port, good, "another") == post(port, good, "kéy") == 401
+        assert announce(port, 500_000_000) == b"HTTP/1.1 401 UNAUTHORIZED"  # its body is not waited for
+        assert announce(port, 500_000_000, "the key") == b"HTTP/1.1 413 REQUEST ENTITY TOO LARGE"
+        same_size = b"x" * len(good)
+        for body, status in [
+            (same_size, 400),
+            (elephas_bytes([like[0].T, like[1]]), 400),
+            (elephas_bytes([like[0] * np.nan, like[1]]), 400),
+            (elephas_bytes([like[0], like[1] * np.float32("inf")]), 400),
+            (elephas_bytes([array.astype(np.float64) for array in like]), 413),
+            (elephas_bytes([array.astype(np.complex128) for array in like]), 413),
+            (elephas_bytes([array.view("int32") for array in like]), 413),
+            (b"", 413),
+        ]:
+            assert post(port, body, "the key") == status, body[:40]
+        stalled = socket.create_connection(("127.0.0.1", port))  # has the key, and sends half
+        stalled.sendall(b"POST /update HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer the key\r\n")
+        stalled.sendall(f"Content-Length: {len(good)}\r\n\r\nhalf".encode())
+        assert post(port, good, "the key") == 200
+        stalled.close()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/parameters", headers={"Authorization": "Bearer the key"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            expected = [weights - 1 for weights in model.get_weights()]
+            assert answer.read() == elephas_bytes(expected)
+    finally:
+        server.stop()
+
+
+def running_tasks(pages: int) -> int:
+    """Tasks that run now, by the REST API of Spark's UI."""
     here = f"http://localhost:{pages}/api/v1/applications"
     with urllib.request.urlopen(here) as answer:
         (application,) = json.load(answer)
     with urllib.request.urlopen(f"{here}/{application['id']}/stages?status=active") as answer:
-        return sum(stage["numActiveTasks"] for stage in json.load(answer) if caller in stage["name"])
+        return sum(stage["numActiveTasks"] for stage in json.load(answer))
 
 
 def elephas_bytes(weights: list[np.ndarray]) -> bytes:
@@ -291,7 +365,7 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error(
 
     def kill_one() -> bool:
         """As soon as both executors train, by what Spark's UI says."""
-        if not killed and serves(port) and running_tasks(pages, "spark_model.py") == 2:
+        if not killed and serves(port) and running_tasks(pages) == 2:
             killed.extend(executors_of(drivers(tmp_path)["java"])[:1])
             os.kill(killed[0], signal.SIGKILL)
         return False
@@ -323,7 +397,9 @@ def test_a_killed_driver_leaves_no_process(
     assert len(running) == 4
     deadline = time.monotonic() + 60
     while serves(port) or any(Path(f"/proc/{pid}").exists() for pid in running):
-        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in running]
+        assert time.monotonic() < deadline, [
+            Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in running
+        ]
         time.sleep(0.5)
 
 
@@ -334,23 +410,36 @@ def test_a_taken_port_is_an_error(submitted: tuple, shared: list, tmp_path: Path
     assert problem.startswith(f"--port {port} ")
 
 
-def test_hogwild_on_a_laptop_without_java_and_with_small_partitions(shared: list, tmp_path: Path) -> None:
-    """Python starts Spark, with PyPI's Java; and a partition is not larger than a batch unless there is but one."""
+def test_hogwild_on_a_laptop_without_java_and_with_few_images(shared: list, tmp_path: Path) -> None:
+    """Python starts Spark, with PyPI's Java; and two workers would have no more images than a batch."""
     words = [*shared, "--workers", 2, "--mode", "hogwild", "--port", free_port()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", without_java(tmp_path))
         patch.delenv("JAVA_HOME", raising=False)
         command = [sys.executable, SCRIPT, *QUICK, *words, "--batch-size", 140, "--epochs", 1]
         finished = run_process(command, cwd=tmp_path)
-    assert result_of(finished)["target"].items() >= {"mode": "hogwild", "partitions": 1}.items()
-    assert "warning: 1 partitions instead of 2" in finished.stderr
+    assert result_of(finished)["target"].items() >= {"mode": "hogwild", "workers": 1}.items()
+    assert "warning: 1 workers instead of 2" in finished.stderr
 
 
 def without_java(folder: Path) -> str:
     """A PATH with the programs that Spark's start needs and no java."""
     programs = folder / "programs"
     programs.mkdir()
-    for name in ("bash", "sh", "env", "dirname", "basename", "ps", "cat", "rm", "chmod", "tr", "grep", "uname"):
+    for name in (
+        "bash",
+        "sh",
+        "env",
+        "dirname",
+        "basename",
+        "ps",
+        "cat",
+        "rm",
+        "chmod",
+        "tr",
+        "grep",
+        "uname",
+    ):
         if shutil.which(name):
             (programs / name).symlink_to(shutil.which(name))
     return str(programs)
@@ -376,7 +465,10 @@ def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
         xray,
         "s3_client",
         lambda credentials: xray.boto3.client(
-            "s3", region_name="us-east-1", config=xray.Config(retries={"total_max_attempts": 1}), **credentials
+            "s3",
+            region_name="us-east-1",
+            config=xray.Config(retries={"total_max_attempts": 1}),
+            **credentials,
         ),
     )
     ((row, pixels, problem),) = xray.fetch_partition(iter([(3, "images/x.png")]), keys, "bucket", 64)
@@ -388,19 +480,44 @@ def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
     ("images", "batch", "wanted", "count"),
     [(272, 8, 2, 2), (33, 32, 1, 1), (65, 32, 2, 1), (66, 32, 2, 2), (100, 32, 8, 3)],
 )
-def test_each_partition_is_larger_than_a_batch(images: int, batch: int, wanted: int, count: int) -> None:
+def test_each_worker_has_more_images_than_a_batch(images: int, batch: int, wanted: int, count: int) -> None:
     table = pd.DataFrame({"split": ["train"] * images + ["test"]})
-    assert xray.count_partitions(table, batch, wanted) == count
+    assert xray.count_workers(table, batch, wanted) == count
     assert images // count > batch
 
 
-def test_too_few_for_one_partition() -> None:
+def test_too_few_for_one_worker() -> None:
     with pytest.raises(xray.UserError, match="use a smaller"):
-        xray.count_partitions(pd.DataFrame({"split": ["train"] * 32}), 32, 2)
+        xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), 32, 2)
+
+
+def settings(*options: Any, **conf: str) -> dict[str, str]:
+    """What the script sets on a cluster with these settings of Spark, dots written as two underscores."""
+    spark_conf = xray.SparkConf(loadDefaults=False)
+    for name, value in conf.items():
+        spark_conf.set(name.replace("__", "."), value)
+    return xray.spark_settings(
+        xray.elephas_parser().parse_args([str(option) for option in options]), spark_conf
+    )
 
 
 def test_settings() -> None:
-    settings = xray.spark_settings("synchronous", 4)
-    assert settings["spark.executor.memoryOverhead"] == f"{400 + 4 * xray.WORKER_MB}m"
-    assert "spark.task.maxFailures" not in settings
-    assert xray.spark_settings("hogwild", 1)["spark.task.maxFailures"] == "1"
+    assert "spark.task.maxFailures" not in settings()
+    assert settings("--mode", "hogwild")["spark.task.maxFailures"] == "1"
+    assert "spark.authenticate" not in settings()
+    on_yarn = settings(spark__master="yarn")
+    assert on_yarn["spark.authenticate"] == on_yarn["spark.network.crypto.enabled"] == "true"
+    assert on_yarn["spark.yarn.maxAppAttempts"] == "1"
+
+
+def test_memory_counts_images_and_workers() -> None:
+    def overhead(*options: Any, **conf: str) -> int:
+        return int(settings(*options, **conf)["spark.executor.memoryOverhead"].removesuffix("m"))
+
+    four = {"spark__executor__cores": "4", "spark__executor__instances": "2"}
+    assert overhead("--limit", 1000, **four) > 4 * xray.WORKER_MB
+    # Twice 128 x 128 bytes for each of the images that are more, 4 workers of 8 in an executor.
+    assert overhead("--limit", 81_000, **four) - overhead("--limit", 1000, **four) == pytest.approx(
+        1311, abs=5
+    )
+    assert overhead("--image-size", 256) > overhead()
