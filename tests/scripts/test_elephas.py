@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import pandas as pd
@@ -99,7 +99,7 @@ class Watcher(threading.Thread):
 
 @pytest.fixture(scope="module")
 def submitted(credentials: Path, folder: Path) -> tuple[Finished, Path, str]:
-    """A run of 8 epochs by the lone file, its folder, and all that Spark showed and logged of it."""
+    """A run by the lone file, its folder, and all that Spark showed and logged of it."""
     home = folder / "lone"
     home.mkdir()
     shutil.copy(credentials, home / "credentials.yml")
@@ -108,7 +108,7 @@ def submitted(credentials: Path, folder: Path) -> tuple[Finished, Path, str]:
     watcher = Watcher(port)
     watcher.start()
     conf = ("spark.eventLog.enabled=true", f"spark.eventLog.dir={events}", f"spark.ui.port={port}")
-    finished = submit(home, "--epochs", 8, "--cache", folder / "cache", conf=conf)
+    finished = submit(home, "--cache", folder / "cache", conf=conf)
     watcher.over.set()
     assert finished.code == 0, finished.stderr
     assert watcher.pages
@@ -131,11 +131,10 @@ def test_the_lone_file_writes_what_the_sequential_script_writes(submitted: tuple
 
     assert shape({**result, "target": 0}) == shape({**run.result, "target": 0})
     assert result["images"] == run.result["images"]
-    assert result["train"]["epochs"] == 8
+    assert result["train"]["epochs"] == 3
     cluster = {"executors": 2, "partitions": 2, "cores_per_partition": 1, "master": CLUSTER[1]}
     assert result["target"].items() >= {"mode": "synchronous", **cluster}.items()
-    names = {path.name.replace("-8.", "-3.") for path in output.iterdir()}
-    assert names == {path.name for path in run.folder.iterdir()}
+    assert {path.name for path in output.iterdir()} == {path.name for path in run.folder.iterdir()}
     for name in ("history.csv", "predictions.csv", "skipped.csv"):
         assert (output / name).open().readline() == (run.folder / name).open().readline()
     with (output / "skipped.csv").open() as file:
@@ -159,10 +158,11 @@ def test_secrets_are_in_no_log_and_no_page(submitted: tuple) -> None:
         assert not WORDS.search(path.read_bytes().decode(errors="replace"))
 
 
-def test_result_is_the_sequential_one(submitted: tuple, run: Any, tmp_path: Path) -> None:
-    options = [*run.options, "--epochs", 8, "--output", tmp_path / "run"]
+@pytest.mark.slow
+def test_result_is_the_sequential_one(submitted: tuple, shared: list, run: Any, tmp_path: Path) -> None:
+    options = [*run.options, "--epochs", 8, "--output", tmp_path / "sequential"]
     sequential = result_of(run_process([sys.executable, ROOT / "xray_tensorflow.py", *options]))
-    assert result_of(submitted[0])["auroc"]["mean"] > sequential["auroc"]["mean"] - 0.05
+    assert result_of(submit(tmp_path, *shared, "--epochs", 8))["auroc"]["mean"] > sequential["auroc"]["mean"] - 0.05
 
 
 def drivers(folder: Path) -> dict[str, int]:
@@ -178,26 +178,53 @@ def drivers(folder: Path) -> dict[str, int]:
     return found
 
 
+def kill_executors(folder: Path, marks: list[Path], hold: float = 0) -> Callable[[], bool]:
+    """To call again and again while the run of `folder` goes on, as `stop`, which it never asks for.
+
+    Kills an executor a second after each of the marks is there, takes the mark off the list, and holds the other
+    executors up for `hold` seconds.
+    """
+
+    def kill() -> bool:
+        for mark in list(marks):
+            if mark.exists() and time.time() > mark.stat().st_mtime + 1:
+                victim, *others = executors_of(drivers(folder)["java"])
+                os.kill(victim, signal.SIGKILL)
+                for other in others if hold else []:
+                    os.kill(other, signal.SIGSTOP)
+                    threading.Timer(hold, os.kill, (other, signal.SIGCONT)).start()
+                marks.remove(mark)
+        return False
+
+    return kill
+
+
+def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
+    submitted: tuple, credentials: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(submitted[1], tmp_path / "run")
+    marks = [tmp_path / "cache"]  # a new one: all images are fetched again
+    words = ["--credentials", credentials, "--cache", marks[0], "--output", tmp_path / "run", "--resume", "--epochs", 4]
+    resumed = result_of(submit(tmp_path, *words, stop=(kill_executors(tmp_path, marks), signal.SIGTERM)))
+    assert not marks
+    assert resumed["images"] == result_of(submitted[0])["images"]
+    assert resumed["ingest"]["from_cache"] == 0
+    assert resumed["train"]["epochs"] == 4
+    before, after = losses(submitted[1]), losses(tmp_path / "run")
+    assert np.array_equal(after[:3], before)
+    assert after.shape == (4, 3)
+    assert after[3, 0] < before[2, 0]  # it goes on learning from where it was
+
+
+@pytest.mark.slow
 def test_executors_killed_or_slow_and_a_resumed_run_change_nothing(
     submitted: tuple, shared: list, tmp_path: Path
 ) -> None:
-    moments = {"ingest": tmp_path / "cache", "the second epoch": tmp_path / "run" / "history.csv"}
-
-    def kill_one() -> bool:
-        """An executor in each of the moments, a second after what marks it is there; and hold the other one up."""
-        for moment, mark in list(moments.items()):
-            if mark.exists() and time.time() > mark.stat().st_mtime + 1:
-                victim, *others = executors_of(drivers(tmp_path)["java"])
-                os.kill(victim, signal.SIGKILL)
-                for other in others:
-                    os.kill(other, signal.SIGSTOP)
-                    threading.Timer(10, os.kill, (other, signal.SIGCONT)).start()
-                del moments[moment]
-        return False
-
+    marks = [tmp_path / "cache", tmp_path / "run" / "history.csv"]  # in ingest, and in the second epoch
     words = [*shared, "--cache", tmp_path / "cache"]
-    finished = submit(tmp_path, *words, "--epochs", 2, stop=(kill_one, signal.SIGTERM))
-    assert not moments
+    kill = kill_executors(tmp_path, marks, hold=10)
+    finished = submit(tmp_path, *words, "--epochs", 2, stop=(kill, signal.SIGTERM))
+    assert not marks
     assert result_of(finished)["images"] == result_of(submitted[0])["images"]
     # The losses, and not to the bit: one has been seen to differ in the last digit of float32. So early the scores of
     # all images can be as close as that, which leaves the AUROC to rounding: it has been seen to differ by 2 %.
@@ -239,6 +266,7 @@ def post(port: int, body: bytes) -> int:
         return error.code
 
 
+@pytest.mark.slow
 def test_asynchronous_among_strangers(submitted: tuple, asynchronous: list, port: int, tmp_path: Path) -> None:
     """Garbage, weights of another shape and half a request reach the server while it serves: the run goes on."""
     answers, halves = [], []
@@ -327,6 +355,7 @@ def test_a_killed_driver_leaves_no_process(
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_an_error(submitted: tuple, shared: list, tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
@@ -334,6 +363,7 @@ def test_a_taken_port_is_an_error(submitted: tuple, shared: list, tmp_path: Path
     assert problem.startswith(f"--port {port} ")
 
 
+@pytest.mark.slow
 def test_hogwild_on_a_laptop_without_java_and_with_small_partitions(shared: list, tmp_path: Path) -> None:
     """Python starts Spark, with PyPI's Java; and a partition is not larger than a batch unless there is but one."""
     words = [*shared, "--workers", 2, "--mode", "hogwild", "--port", free_port()]
@@ -356,6 +386,7 @@ def without_java(folder: Path) -> str:
     return str(programs)
 
 
+@pytest.mark.slow
 def test_unreadable_images_on_executors(submitted: tuple, shared: list, tmp_path: Path) -> None:
     problem = error_line(submit(tmp_path, *shared, "--max-skipped", 0))
     assert problem.startswith("1 of 411 images are unreadable")
