@@ -87,7 +87,7 @@ def run(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, credentials: Path
 ) -> Callable[..., str]:
-    """Call the script with options that must fail for a reason the user can mend: its error line.
+    """Call the script with options that must fail for a reason the user can fix: its error line.
 
     In this process, from an empty folder, which must stay as it was. It is not held to a core: pytest's later tests
     would be too.

@@ -44,7 +44,7 @@ def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) 
 
 
 def error_line(finished: Finished) -> str:
-    """The error of a run that met something the user can mend: one line, no trace of Python or Java."""
+    """The error of a run that met something the user can fix: one line, no trace of Python or Java."""
     shown = finished.stderr + finished.stdout  # spark-submit passes on as stdout what the script writes to stderr
     assert finished.code == 2, shown
     assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
