@@ -17,6 +17,8 @@ from sample_bucket import TRUNCATED, draw_radiograph, read_rows
 
 import xray_tensorflow as xray
 
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # one image is such a bomb
+
 
 def encode(image: Image.Image, form: str = "PNG") -> bytes:
     data = io.BytesIO()
