@@ -69,7 +69,7 @@ def label_file(rows: list[tuple[str, list[str]]]) -> str:
 
 
 def one_line(code: int, stderr: str) -> str:
-    """The error line of a run that met something the user can mend: checks that it is just that."""
+    """The error line of a run that met something the user can fix: checks that it is just that."""
     assert code == 2, stderr
     assert "Traceback" not in stderr
     assert not any(secret in stderr for secret in SECRETS.values())

@@ -20,21 +20,23 @@ radiologist would see. A network that scores well on them has shown that the pro
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import urllib.request
 import zlib
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -300,20 +302,33 @@ def read_rows(labels: Path = LABELS) -> list[tuple[str, list[str]]]:
         return [(row["Image Index"], row["Finding Labels"].split("|")) for row in csv.DictReader(file)]
 
 
-@contextmanager
-def serve(address: str = "127.0.0.1") -> Iterator[str]:
-    """An empty S3 server on this machine for as long as the block lasts: yields its endpoint URL."""
+def serve_until(address: str, ours: Connection) -> None:
+    """Serve, with the port sent to `ours`, until its other end is closed, as the kernel does for a killed process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the script, which may still fetch
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
     server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
+    ours.send(server.get_host_and_port()[1])
+    with contextlib.suppress(EOFError):
+        ours.recv()
+
+
+@contextmanager
+def serve(address: str = "127.0.0.1") -> Iterator[str]:
+    """An empty S3 server on this machine for as long as the block lasts: yields its endpoint URL.
+
+    It is a process of its own: moto keeps the buckets of all servers of a process in one place.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    server = context.Process(target=serve_until, args=(address, its))
+    server.start()
+    its.close()
     try:
-        yield endpoint
+        yield f"http://{address}:{ours.recv()}"
     finally:
-        # moto keeps its buckets in this process, not in the server: the next server would have them too.
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
-        server.stop()
+        ours.close()
+        server.join()
 
 
 def connect(endpoint: str) -> BaseClient:

@@ -15,6 +15,7 @@ from sample_bucket import BUCKET, fill_bucket, read_rows, write_credentials
 
 import xray_tensorflow as xray
 
+pytestmark = pytest.mark.slow
 START = ROOT / "tests" / "stand_ins" / "ceph_s3.sh"
 
 

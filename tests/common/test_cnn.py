@@ -104,7 +104,7 @@ def test_what_is_computed_is_what_keras_computes(keras: Any, truth: np.ndarray, 
     import tensorflow as tf
 
     fast = xray.build_cnn(options(), truth)
-    keras.Model(fast.inputs, fast.outputs).save(tmp_path / "model.keras")
+    keras.Model(fast.input, fast.output).save(tmp_path / "model.keras")
     plain = keras.models.load_model(tmp_path / "model.keras")
     random = np.random.default_rng(0)
     pixels, target = random.integers(0, 256, (8, 32, 32, 1), np.uint8), truth[:8]
@@ -172,6 +172,7 @@ def test_imagenet_that_cannot_be_downloaded(truth: np.ndarray, monkeypatch: pyte
     assert "imagenet" in refuse("imagenet", truth)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning:keras")  # of the file of another CNN
 def test_weights_that_are_none(truth: np.ndarray, tmp_path: Path, keras: Any) -> None:
     assert "absent.h5" in refuse(str(tmp_path / "absent.h5"), truth)
     for name in ("text.weights.h5", "text.h5", "text"):

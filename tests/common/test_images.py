@@ -17,6 +17,8 @@ from sample_bucket import TRUNCATED, draw_radiograph, read_rows
 
 import xray_tensorflow as xray
 
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # one image is such a bomb
+
 
 def encode(image: Image.Image, form: str = "PNG") -> bytes:
     data = io.BytesIO()
@@ -122,7 +124,7 @@ def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict
     assert all(reason and "\n" not in reason and "0x" not in reason for reason in skipped.values())
     for row in set(range(60)) - set(skipped):
         assert np.array_equal(pixels[row], xray.decode(READABLE["LA"], 32))
-    # They are asked for again by the next run: someone may have mended them.
+    # They are asked for again by the next run: someone may have fixed them.
     assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[2] == 60 - len(UNREADABLE)
 
 

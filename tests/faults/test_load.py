@@ -53,6 +53,7 @@ def bucket_of(rows: list[tuple[str, str, int]]) -> dict[str, bytes]:
     return {"Data_Entry_2017_v2020.csv": label_csv(rows), **{f"images/{name}": WHOLE for name, *_ in rows}}
 
 
+@pytest.mark.slow
 def test_list_join_and_split_of_the_full_number_of_images(tmp_path: Path) -> None:
     draw = random.Random(0)
     patients = [*range(1, PATIENTS + 1), *draw.choices(range(1, PATIENTS + 1), k=IMAGES - PATIENTS)]

@@ -34,7 +34,7 @@ def find_block(text: str, name: str) -> tuple[int, int]:
 
 
 def sync(root: Path = ROOT, write: bool = False) -> list[str]:
-    """The differences between the scripts in `root`, as lines; with `write` they are mended and none are left."""
+    """The differences between the scripts in `root`, as lines; with `write` they are fixed and none are left."""
     home = (root / HOME).read_text(encoding="utf-8")
     lines = []
     for name, scripts in BLOCKS.items():
@@ -58,5 +58,5 @@ def sync(root: Path = ROOT, write: bool = False) -> list[str]:
 if __name__ == "__main__":
     differences = sync(write="--write" in sys.argv[1:])
     if differences:
-        print(*differences, "mend: python tests/repository/sync_common.py --write", sep="\n")
+        print(*differences, "fix: python tests/repository/sync_common.py --write", sep="\n")
         sys.exit(1)

@@ -154,6 +154,7 @@ def names(endpoint: str) -> set[str]:
     return {entry["Key"] for entry in found["Contents"]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("aws"), reason="needs AWS CLI")
 def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint: str) -> None:
     folder, environment = desk

@@ -19,7 +19,8 @@ from sample_bucket import draw_radiograph, read_rows
 
 import xray_tensorflow as xray
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *DOCS]
 # Options that the pages name in their text and that are of other programs.
 FOREIGN = {"--executor-cores", "--deploy-mode", "--num-executors", "--driver-memory", "--cli-input-json", "--write"}
 
@@ -42,7 +43,7 @@ def options(script: Path) -> set[str]:
     return set(re.findall(r'"(--[a-z-]+)"', script.read_text())) | {"--help"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_resolve(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", text_and_code(page)[0]):
         if re.match("https?:", link):
@@ -56,11 +57,11 @@ def test_links_resolve(page: Path) -> None:
 
 def test_the_index_has_every_page() -> None:
     text = (ROOT / "docs" / "index.md").read_text()
-    pages = {page.name for page in PAGES[1:]} - {"index.md"}
+    pages = {page.name for page in DOCS} - {"index.md"}
     assert pages <= set(re.findall(r"\]\(([^)#]+\.md)\)", text))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_name_scripts_and_options_that_exist(page: Path) -> None:
     for line in "\n".join(text_and_code(page)[1]).replace("\\\n", " ").splitlines():
         if not re.match(r"(nohup )?(\S*/)?(python3?|spark-submit) ", line.lstrip("$ ")):
@@ -74,7 +75,7 @@ def test_commands_name_scripts_and_options_that_exist(page: Path) -> None:
         assert {word for word in own if word.startswith("--")} <= declared | {"--write"}, f"{page.name}: {line}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_options_in_the_text_exist(page: Path) -> None:
     declared = set().union(*(options(script) for script in [*ROOT.glob("xray_*.py"), *ROOT.glob("tests/**/*.py")]))
     named = set(re.findall(r"`(--[a-z-]+)", text_and_code(page)[0]))

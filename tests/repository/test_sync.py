@@ -15,7 +15,7 @@ SCRIPTS = BLOCKS["the three scripts"]
 
 def test_blocks_of_the_scripts_are_equal() -> None:
     differences = sync()
-    assert not differences, "\n".join([*differences, "mend: python tests/repository/sync_common.py --write"])
+    assert not differences, "\n".join([*differences, "fix: python tests/repository/sync_common.py --write"])
 
 
 def test_what_the_blocks_define() -> None:
@@ -47,7 +47,7 @@ def test_only_what_stands_in_a_block_must_be_equal(copies: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["SPLITS = ", "def open_cache("])
-def test_a_difference_is_shown_and_mended(copies: Path, line: str) -> None:
+def test_a_difference_is_shown_and_fixed(copies: Path, line: str) -> None:
     copy = copies / SCRIPTS[1]
     text = copy.read_text()
     assert text.count(f"\n{line}") == 1

@@ -127,6 +127,7 @@ def test_packages_that_do_not_work_are_an_error(host: Host) -> None:
     assert finished.stderr.splitlines()[-1] == "elephas_libs.sh: error: the packages do not work"
 
 
+@pytest.mark.slow
 def test_twice_in_a_venv_with_the_real_pip(host: Host, tmp_path: Path) -> None:
     """A venv that sees the packages of this Python's: all is there, pip needs no network, and nothing changes."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)

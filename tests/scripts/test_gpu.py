@@ -92,6 +92,7 @@ sys.exit(xray_gpu.run_script(xray_gpu.main))
 """
 
 
+@pytest.mark.slow
 def test_the_whole_script_on_two_devices_in_mixed_precision(credentials: Path, tmp_path: Path) -> None:
     options = ["--credentials", credentials, *QUICK, "--epochs", "1", "--output", "run", "--precision", "mixed_float16"]
     finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options], cwd=tmp_path)
@@ -135,13 +136,10 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
 
 
 # float32 without XLA is test_cnn.py's.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "xla"),
-    [
-        pytest.param("float32", True, marks=pytest.mark.slow),
-        pytest.param("mixed_float16", False, marks=pytest.mark.slow),
-        ("mixed_float16", True),
-    ],
+    [("float32", True), ("mixed_float16", False), ("mixed_float16", True)],
 )
 def test_a_step_is_as_right_as_that_of_stock_layers(policy: Any, precision: str, xla: bool) -> None:
     """Fast layers against Keras' own in float32: no further from them than rounding takes Keras' own.

@@ -30,7 +30,7 @@ KINDS = {"found": ("●", "#0072B2"), "missed": ("○", "#D55E00"), "false alarm
 
 
 class SheetError(Exception):
-    """What the user can mend, in one line."""
+    """What the user can fix, in one line."""
 
 
 def choose(predictions: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
