@@ -1,30 +1,39 @@
-"""Train a CNN on chest X-rays from S3 on a Spark cluster through Elephas: the distributed one of three targets.
+"""Train a CNN on chest X-rays from S3 on a Spark cluster through Elephas: the third of three targets.
 
-    sudo bash elephas_libs.sh                    on each host, or as EMR's bootstrap action; on a laptop instead
+    sudo bash elephas_libs.sh                    on each host, or as EMR's bootstrap action; on a laptop
     pip install -r requirements.txt              (Java comes with it where the machine has none)
     cp credentials.example.yml credentials.yml   and fill in your AWS keys
     spark-submit --num-executors 2 --executor-cores 4 --driver-memory 5G xray_elephas.py
-    spark-submit --deploy-mode cluster --files credentials.yml xray_elephas.py
     python xray_elephas.py                       on all cores of this machine
 
-This one file is all that is submitted. The driver lists the bucket; executors fetch and decode the images and keep
-the pixels, and the driver sees no more of them than 15 probabilities each. Run folder, result line and --resume are
-xray_tensorflow.py's. The run folder is where the driver works: in cluster mode, name a shared one with --output.
-spark-submit passes on as stdout what the script writes to stderr. `--cache` is a folder or a URI (hdfs:, s3a:, file:)
-for pixels as Parquet. Without a bucket: `python tests/sample_bucket.py xray_elephas.py`.
+This one file is all that is submitted. The driver lists the bucket; executors fetch and decode the
+images and keep the pixels, and the driver sees no more of them than 15 probabilities each. Run folder,
+result line and --resume are xray_tensorflow.py's. spark-submit passes on as stdout what the script
+writes to stderr. `--cache` is a folder or a URI (hdfs:, s3a:, file:) for pixels as Parquet. Without a
+bucket: `python tests/sample_bucket.py xray_elephas.py`. Where YARN runs the driver too, its container
+and all in it is deleted at the end, and a run that fails is started again, unless told:
 
-How it differs: xray_tensorflow.py trains on one CPU thread, xray_gpu.py on GPUs; data, split, CNN, metrics and clock
-are the same code in the three. Here each task slot trains a copy of the model on its share of the images, by Elephas:
-- synchronous (default): after each epoch the copies are averaged, Adam's state with them, and the images dealt anew.
-  A lost executor costs time alone: two runs on as many workers agree but for the rounding of single numbers.
-- asynchronous, hogwild: no copy waits for another; a server in the driver holds the weights, and each copy adds its
-  part of an epoch's change. hogwild's server lets changes overwrite each other. Validation comes after the last epoch
-  alone, there is no --resume, and a lost executor ends the run, since a repeated task would add its changes twice.
-  The server is open to everyone who reaches --port of the driver: use a private network.
-The learning rate is --learning-rate times the workers. Settings of Spark that you name win over the script's, but for
-dynamic allocation, which is off: the images are divided once among a fixed number of workers.
+    spark-submit --deploy-mode cluster --files credentials.yml --num-executors 2 --executor-cores 4 \
+        --driver-memory 5G --conf spark.driver.memoryOverhead=3g --conf spark.yarn.maxAppAttempts=1 \
+        xray_elephas.py --output s3://BUCKET/PREFIX
 
-Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC; Wang et al., CVPR 2017.
+How it differs: xray_tensorflow.py trains on one CPU thread, xray_gpu.py on GPUs. What is special to
+this script stands first; data, split, CNN, metrics and clock are the same code in the three. Here each
+task slot trains a copy of the model on its share of the images, by Elephas:
+- synchronous (default): after each epoch the copies are averaged, Adam's state with them, and the
+  images dealt anew. A lost executor costs time alone: two runs on as many workers agree but for the
+  rounding of single numbers.
+- asynchronous, hogwild: no copy waits for another; a server in the driver holds the weights, and each
+  copy adds its part of an epoch's change. hogwild's server lets changes overwrite each other.
+  Validation comes after the last epoch alone, there is no --resume, and a lost executor ends the run,
+  since a repeated task would add its changes twice. The server asks for a key that the run makes;
+  traffic with it is not encrypted: use a private network.
+The learning rate is --learning-rate times the workers. Settings of Spark that you name win over the
+script's, but for dynamic allocation, which is off: the images are divided once among a fixed number of
+workers.
+
+Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
+Wang et al., CVPR 2017.
 """
 
 # /// script

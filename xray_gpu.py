@@ -1,20 +1,24 @@
 """Train a CNN on chest X-rays from S3 on one NVIDIA GPU or several: the second of three targets.
 
-    pip install -r requirements.txt "tensorflow[and-cuda]"   (or `uv run xray_gpu.py`, which reads the versions below)
+    pip install -r requirements.txt "tensorflow[and-cuda]"   (or `uv run xray_gpu.py`: versions below)
     cp credentials.example.yml credentials.yml               and fill in your AWS keys
     python xray_gpu.py
 
-This one file is all that a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the bucket, splits them
-by patient, trains MobileNet on the 15 labels and writes history, predictions, metrics, model.keras and report.png to
-runs/. The last line on stdout is the result as one line of JSON. An interrupted run goes on with the same options
-and `--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py xray_gpu.py`.
+This one file is all that a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the
+bucket, splits them by patient, trains MobileNet on the 15 labels and writes history, predictions,
+metrics, model.keras and report.png to runs/, and to S3 with `--output s3://BUCKET/PREFIX`. The last
+line on stdout is the result as one line of JSON. An interrupted run goes on with the same options and
+`--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py xray_gpu.py`.
 
-How it differs from xray_tensorflow.py, whose data, split, CNN, metrics and clock it shares: it takes every GPU that
-TensorFlow sees (several by MirroredStrategy, --batch-size images each), computes in mixed precision from compute
-capability 7.0 on, compiles by XLA on one GPU, and stops where there is no GPU instead of training on the CPU.
-g3s.xlarge (Tesla M60, capability 5.2) needs `pip install "tensorflow[and-cuda]==2.16.2"`. Not yet measured on a GPU.
+How it differs from xray_tensorflow.py, whose data, split, CNN, metrics and clock it shares (they come
+after what is special to this script): it takes every GPU that TensorFlow sees (several by
+MirroredStrategy, --batch-size images each), computes in mixed precision from compute capability 7.0
+on, compiles by XLA on one GPU, and stops where there is no GPU instead of training on the CPU.
+g3s.xlarge (Tesla M60, capability 5.2) needs `pip install "tensorflow[and-cuda]==2.16.2"`.
+Not yet measured on a GPU.
 
-Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC; Wang et al., CVPR 2017.
+Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
+Wang et al., CVPR 2017.
 """
 
 # /// script

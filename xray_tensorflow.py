@@ -1,19 +1,22 @@
 """Train a CNN on chest X-rays from S3 on one CPU thread: the sequential baseline of three targets.
 
-    pip install -r requirements.txt              (or `uv run xray_tensorflow.py`, which reads the versions below)
+    pip install -r requirements.txt              (or `uv run xray_tensorflow.py`: the versions are below)
     cp credentials.example.yml credentials.yml   and fill in your AWS keys
     python xray_tensorflow.py
 
-This one file is all that a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the bucket, splits them
-by patient, trains MobileNet on the 15 labels and writes history, predictions, metrics, model.keras and report.png to
-runs/. The last line on stdout is the result as one line of JSON. An interrupted run goes on with the same options
-and `--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py xray_tensorflow.py`.
+This one file is all that a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the
+bucket, splits them by patient, trains MobileNet on the 15 labels and writes history, predictions,
+metrics, model.keras and report.png to runs/, and to S3 with `--output s3://BUCKET/PREFIX`. The last
+line on stdout is the result as one line of JSON. An interrupted run goes on with the same options and
+`--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py xray_tensorflow.py`.
 
-How it differs: xray_gpu.py trains on GPUs, xray_elephas.py on Spark through Elephas; data, split, CNN, metrics and
-clock are the same code in the three, and what follows "target" differs. This script holds the whole process to one
-core (`--threads N` for more), decoding included, so that its images per second are what one thread does.
+How it differs: xray_gpu.py trains on GPUs, xray_elephas.py on Spark through Elephas. What is special
+to this script stands first, from "target" on; data, split, CNN, metrics and clock are the same code in
+the three, and come after it. This script holds the whole process to one core (`--threads N` for more),
+decoding included, so that its images per second are what one thread does.
 
-Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC; Wang et al., CVPR 2017.
+Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
+Wang et al., CVPR 2017.
 """
 
 # /// script
