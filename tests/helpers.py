@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,3 +165,27 @@ def ceph_client(endpoint: str) -> Any:
     """A client for the server of tests/stand_ins/ceph_s3.sh, which checks signatures."""
     keys = {"aws_access_key_id": "XRAYACCESSKEY", "aws_secret_access_key": "xraysecretkey"}
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
+
+
+CLUSTER = ["--master", "local-cluster[2,1,2048]"]
+
+
+def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
+    """Run xray_elephas.py, as it lies alone in `folder`, by spark-submit on two executors of one core."""
+    settings = [word for setting in conf for word in ("--conf", setting)]
+    shutil.copy(ROOT / "xray_elephas.py", folder)
+    program = Path(sys.executable).with_name("spark-submit")
+    command = [program, *CLUSTER, *settings, "xray_elephas.py", *QUICK, *options]
+    # spark-submit takes the first python3 of PATH, which is this one only in an activated venv.
+    return run_process(["env", f"PYSPARK_PYTHON={sys.executable}", *command], cwd=folder, **how)
+
+
+def error_line(finished: Finished) -> str:
+    """The error of a submitted run that met something the user can fix: one line, no trace of Python or Java."""
+    shown = finished.stderr + finished.stdout  # spark-submit passes on as stdout what the script writes to stderr
+    assert finished.code == 2, shown
+    assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
+    assert not secrets_in(shown.encode())
+    *_, last = shown.splitlines()
+    assert last.startswith("xray_elephas.py: error: "), shown
+    return last.split("error: ", 1)[1]

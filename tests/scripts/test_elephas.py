@@ -24,41 +24,24 @@ from typing import Any, Callable
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import QUICK, ROOT, SECRETS, Finished, free_port, result_of, run_process
+from helpers import (
+    CLUSTER,
+    QUICK,
+    ROOT,
+    SECRETS,
+    Finished,
+    error_line,
+    free_port,
+    result_of,
+    run_process,
+    submit,
+)
 from sample_bucket import TRUNCATED
 
 xray = pytest.importorskip("xray_elephas")
 
 SCRIPT = ROOT / "xray_elephas.py"
-CLUSTER = ["--master", "local-cluster[2,1,2048]"]
 WORDS = re.compile("|".join(map(re.escape, SECRETS.values())))
-
-
-def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
-    """Run the script, as it lies alone in `folder`, by spark-submit on two executors of one core."""
-    settings = [word for setting in conf for word in ("--conf", setting)]
-    shutil.copy(SCRIPT, folder)
-    command = [
-        Path(sys.executable).with_name("spark-submit"),
-        *CLUSTER,
-        *settings,
-        SCRIPT.name,
-        *QUICK,
-        *options,
-    ]
-    # spark-submit takes the first python3 of PATH, which is this one only in an activated venv.
-    return run_process(["env", f"PYSPARK_PYTHON={sys.executable}", *command], cwd=folder, **how)
-
-
-def error_line(finished: Finished) -> str:
-    """The error of a run that met something the user can fix: one line, no trace of Python or Java."""
-    shown = finished.stderr + finished.stdout  # spark-submit passes on as stdout what the script writes to stderr
-    assert finished.code == 2, shown
-    assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
-    assert not WORDS.search(shown)
-    *_, last = shown.splitlines()
-    assert last.startswith("xray_elephas.py: error: "), shown
-    return last.split("error: ", 1)[1]
 
 
 def losses(folder: Path) -> np.ndarray:
