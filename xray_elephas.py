@@ -1,4 +1,4 @@
-"""Train a CNN on chest X-rays from S3 on a Spark cluster through Elephas: the third of three targets.
+"""Train a CNN on chest X-rays from S3 on Spark through Elephas: the third of three targets.
 
     sudo bash elephas_libs.sh                    on each host, or as EMR's bootstrap action; on a laptop
     pip install -r requirements.txt              (Java comes with it where the machine has none)
@@ -117,6 +117,7 @@ from pyspark.sql import SparkSession
 
 SYNCHRONOUS = "synchronous"
 MODES = [SYNCHRONOUS, "asynchronous", "hogwild"]
+REPEATED = "a task of an asynchronous mode began again"
 
 
 def main() -> None:
@@ -288,7 +289,7 @@ def spark_error(error: Exception, mode: str) -> Exception:
         return UserError(
             "Java's heap is too small: give it more by --driver-memory and spark.executor.memory"
         )
-    if re.search("ExecutorLostFailure|FetchFailed", text):
+    if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
         other = "" if mode == SYNCHRONOUS else f", or use --mode {SYNCHRONOUS}"
         fix = f"give it more spark.executor.memoryOverhead or spark.executor.memory{other}"
         return UserError(f"an executor was lost, and its work with it: {fix}")
@@ -830,6 +831,9 @@ def shared_model(model: Any, job: Job) -> Any:
             self.reports = reports
 
         def train(self, data_iterator: Iterator[tuple]) -> Iterator[list]:
+            if TaskContext.get().attemptNumber() > 0:
+                # Spark counts no failure where a node was lost or YARN wanted it back.
+                raise RuntimeError(REPEATED)
             share = Share(data_iterator, job)
             self.model = kept_model(job)
             worker = TaskContext.get().partitionId()
