@@ -321,7 +321,7 @@ def serve(address: str = "127.0.0.1") -> Iterator[str]:
     """
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
-    server = context.Process(target=serve_until, args=(address, its))
+    server = context.Process(target=serve_until, args=(address, its), daemon=True)
     server.start()
     its.close()
     try:
