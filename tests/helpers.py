@@ -167,7 +167,8 @@ def ceph_client(endpoint: str) -> Any:
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
 
-CLUSTER = ["--master", "local-cluster[2,1,2048]"]
+# By `instances` the script knows for how many executors to wait: on a busy machine they come one by one.
+CLUSTER = ["--master", "local-cluster[2,1,2048]", "--conf", "spark.executor.instances=2"]
 
 
 def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
