@@ -250,9 +250,15 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
     return settings
 
 
+def count_executors(conf: SparkConf) -> int:
+    """The executors that are asked for; without a number YARN gives two."""
+    default = "2" if conf.get("spark.master", "local").startswith("yarn") else "1"
+    return int(conf.get("spark.executor.instances", default))
+
+
 def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int) -> int:
     """The memory of a worker's Python process, in MB."""
-    executors = int(conf.get("spark.executor.instances", "1"))
+    executors = count_executors(conf)
     images = min(arguments.limit or NIH_IMAGES, NIH_IMAGES) / (arguments.workers or executors * slots)
     return WORKER_MB + int(COPIES * images * arguments.image_size**2 / 10**6)
 
@@ -308,7 +314,7 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
     """
     scheduler = context._jsc.sc()
     profile = scheduler.resourceProfileManager().defaultResourceProfile()
-    wanted = int(context.getConf().get("spark.executor.instances", "1"))
+    wanted = count_executors(context.getConf())
     slots = 0
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
