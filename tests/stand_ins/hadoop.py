@@ -3,8 +3,8 @@
     python tests/stand_ins/hadoop.py start [--nodes 2] [--memory 12288] [--cores 4] FOLDER
     python tests/stand_ins/hadoop.py stop FOLDER
 
-`start` takes half a minute and prints the folders of Hadoop's and Spark's configuration. FOLDER must be empty or absent;
-`stop` ends every process of the hosts and leaves it, with the servers' logs. One such cluster can run at a time.
+`start` takes half a minute and prints the folders of Hadoop's and Spark's configuration. FOLDER must be empty or
+absent; `stop` ends every process of the hosts and leaves it, with the servers' logs. One cluster can run at a time.
 
 FOLDER/on is a shell's command line on a host, with EMR's environment, the master unless `--host NAME` comes first:
 
@@ -69,6 +69,8 @@ log4j.appender.console=org.apache.log4j.ConsoleAppender
 log4j.appender.console.target=System.err
 log4j.appender.console.layout=org.apache.log4j.PatternLayout
 log4j.appender.console.layout.ConversionPattern=%d{ISO8601} %p %c{1}: %m%n
+# What each container takes, every three seconds.
+log4j.logger.org.apache.hadoop.yarn.server.nodemanager.containermanager.monitor.ContainersMonitorImpl=DEBUG
 """
 ON = """#!/usr/bin/env bash
 # A command on a host of the cluster: hadoop.py says how.
@@ -330,6 +332,18 @@ def start_server(folder: Path, host: str, server: str, *words: str) -> subproces
         )  # fmt: skip
 
 
+def start_node(folder: Path, node: str) -> list[subprocess.Popen]:
+    """A node's two servers."""
+    return [start_server(folder, node, server) for server in ("datanode", "nodemanager")]
+
+
+def kill_node(node: str) -> None:
+    """What a power cut does to a node: its servers and containers are gone at once. start_node brings it back."""
+    for pid in processes(node):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def ask(path: str) -> dict:
     """What the ResourceManager answers to a path of its REST service, {} where it does not."""
     try:
@@ -362,7 +376,7 @@ def start(
             raise StandInError(f"the NameNode does not start: {folder}/logs says why")
         started = [start_server(folder, MASTER, "namenode"), start_server(folder, MASTER, "resourcemanager")]
         for node in cluster.nodes:
-            started += [start_server(folder, node, "datanode"), start_server(folder, node, "nodemanager")]
+            started += start_node(folder, node)
         deadline = time.monotonic() + 120
         while active_nodes() < nodes:
             if time.monotonic() > deadline or any(server.poll() is not None for server in started):
