@@ -180,9 +180,10 @@ def stop() -> None:
         end_host(host)
     for host in hosts:
         ip(f"netns del {host}")
+    for link in (*hosts, BRIDGE):  # a namespace takes its link along, but later
+        subprocess.run(["ip", "link", "del", link], check=False, capture_output=True)
     for folder in HOSTS_OF.glob("xrayyarn*"):
         shutil.rmtree(folder)
-    subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
 
 
 def find_jars() -> list[str]:
