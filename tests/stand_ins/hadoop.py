@@ -1,10 +1,10 @@
 """A stand-in for Amazon EMR: Hadoop's own servers (HDFS and YARN) on hosts that are network namespaces of this machine.
 
     python tests/stand_ins/hadoop.py start [--nodes 2] [--memory 12288] [--cores 4] FOLDER
-    python tests/stand_ins/hadoop.py stop FOLDER
+    python tests/stand_ins/hadoop.py stop
 
 `start` takes half a minute and prints the folders of Hadoop's and Spark's configuration. FOLDER must be empty or
-absent; `stop` ends every process of the hosts and leaves it, with the servers' logs. One cluster can run at a time.
+absent. `stop` ends every process of the hosts and leaves FOLDER, with the servers' logs. One cluster runs at a time.
 
 FOLDER/on is a shell's command line on a host, with EMR's environment, the master unless `--host NAME` comes first:
 
@@ -402,13 +402,15 @@ def running(folder: Path, **how: int) -> Iterator[Cluster]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["start", "stop"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--nodes", type=int, default=2, help="hosts besides the master [%(default)s]")
-    parser.add_argument("--memory", type=int, default=12288, help="MB that a node declares [%(default)s]")
-    parser.add_argument("--cores", type=int, default=4, help="cores that a node declares [%(default)s]")
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("stop")
+    how = actions.add_parser("start")
+    how.add_argument("folder", type=Path)
+    how.add_argument("--nodes", type=int, default=2, help="hosts besides the master [%(default)s]")
+    how.add_argument("--memory", type=int, default=12288, help="MB that a node declares [%(default)s]")
+    how.add_argument("--cores", type=int, default=4, help="cores that a node declares [%(default)s]")
     calculators = ["DefaultResourceCalculator", "DominantResourceCalculator"]
-    parser.add_argument("--calculator", choices=calculators, default=calculators[0], help="of YARN [%(default)s]")
+    how.add_argument("--calculator", choices=calculators, default=calculators[0], help="of YARN [%(default)s]")
     arguments = parser.parse_args()
     if arguments.action == "stop":
         stop()
