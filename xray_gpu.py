@@ -1335,7 +1335,9 @@ def evaluate(
         best_threshold(*label) for label in zip(labels["validation"].T, validation_scores.T)
     ]
     low, high = samples.mean(axis=1).quantile([0.025, 0.975])
-    report.loc["mean"] = [len(test), report["AUROC"].mean(), low, high, math.nan]
+    mean = report["AUROC"].mean()
+    report = report.reindex([*LABELS, "mean"])
+    report.loc["mean"] = [len(test), mean, low, high, math.nan]
     return report.astype({"positives": int})
 
 

@@ -133,8 +133,8 @@ def test_weights_of_a_file_and_their_statistics_stay(
     before = statistics(model)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32), np.uint8)
     table = pd.DataFrame(truth[:24], columns=xray.LABELS).assign(split=["train"] * 16 + ["validation"] * 8)
-    fit_epoch, predict = xray.training_steps(model, pixels, table, arguments)
-    fit_epoch(1)
+    trainer = xray.KerasTrainer(model, pixels, table, arguments)
+    trainer.fit_epoch(1)
     assert all(np.array_equal(old, new) for old, new in zip(before, statistics(model)))
     kernels = [
         not np.array_equal(mine, theirs)
@@ -142,7 +142,7 @@ def test_weights_of_a_file_and_their_statistics_stay(
         if mine.ndim == 4
     ]
     assert all(kernels), "the convolutions must learn"
-    assert predict("validation").shape == (8, 15)
+    assert trainer.predict("validation").shape == (8, 15)
 
 
 def test_imagenet_comes_from_the_cache_of_keras(backbone: Any, keras_home: Path, truth: np.ndarray) -> None:

@@ -20,6 +20,8 @@ from botocore.validate import ParamValidator
 from helpers import ROOT, SHELLCHECK
 from sample_bucket import serve
 
+import xray_elephas
+
 PAGE = ROOT / "docs" / "aws.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
@@ -70,16 +72,15 @@ def test_the_cluster_is_one_that_emr_takes(endpoint: str) -> None:
 
 def test_an_executor_fits_a_node() -> None:
     """By the table of docs/aws.md: 12,288 MB a node, of which YARN's application master takes 896 on one."""
-    (overhead,) = re.findall(r"(\d+) \+ WORKER_MB \* slots", (ROOT / "xray_elephas.py").read_text())
-    (worker,) = re.findall(r"(?m)^WORKER_MB = (\d+)", (ROOT / "xray_elephas.py").read_text())
+    conf = {"spark.executor.cores": "4", "spark.executor.instances": "2"}  # what the page's spark-submit asks for
+    settings = xray_elephas.spark_settings(xray_elephas.elephas_parser().parse_args([]), conf)
+    overhead = int(settings["spark.executor.memoryOverhead"].rstrip("m"))
     (spark,) = document("emr_cluster.json")["Configurations"]
-    heap = spark["Properties"]["spark.executor.memory"]
-    assert heap == "3g"
-    executor = 3 * 1024 + int(overhead) + 4 * int(worker)
+    assert spark["Properties"]["spark.executor.memory"] == "3g"
+    executor = 3 * 1024 + overhead
     executor += -executor % 32
     assert executor + 512 + 384 <= 12288
     assert f"| executor | {executor:,} |" in PAGE.read_text()
-    assert f"{overhead} + 4 × {int(worker):,}" in PAGE.read_text()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-SPARK = {"mode": "synchronous", "master": "yarn", "executors": 2, "partitions": 8, "cores_per_partition": 1}
+SPARK = {"mode": "synchronous", "master": "yarn", "executors": 2, "workers": 8, "cores_per_worker": 1}
 GPU = {"gpus": ["Tesla T4"], "replicas": 1, "precision": "mixed_float16", "xla": True}
 
 

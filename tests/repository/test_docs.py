@@ -22,7 +22,9 @@ import xray_tensorflow as xray
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *DOCS]
 # Options that the pages name in their text and that are of other programs.
-FOREIGN = {"--executor-cores", "--deploy-mode", "--num-executors", "--driver-memory", "--cli-input-json", "--write"}
+FOREIGN = {
+    "--files", "--executor-cores", "--deploy-mode", "--num-executors", "--driver-memory", "--cli-input-json", "--write",
+}  # fmt: skip
 
 
 def text_and_code(page: Path) -> tuple[str, list[str]]:

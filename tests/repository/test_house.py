@@ -78,8 +78,8 @@ def test_help_needs_no_tensorflow(tmp_path: Path) -> None:
     options = set(re.findall(r"(?m)^  (?:-h, )?(--[a-z-]+)", shown.stdout))
     assert options == {
         "--help", "--credentials", "--bucket", "--labels", "--images", "--test-list", "--limit", "--image-size",
-        "--weights", "--epochs", "--batch-size", "--learning-rate", "--seed", "--cache", "--max-skipped", "--output",
-        "--resume", "--threads",
+        "--weights", "--epochs", "--batch-size", "--learning-rate", "--flip", "--seed", "--cache", "--max-skipped",
+        "--output", "--resume", "--threads",
     }  # fmt: skip
 
 

@@ -47,7 +47,9 @@ def test_result_line(run: Any) -> None:
     assert result["images"] == {"train": 271, "validation": 48, "test": 91, "skipped": 1}
     assert result["ingest"]["from_cache"] == 0
     assert list(result["ingest"]) == ["seconds", "images_per_second", "from_cache"]
-    assert list(result["train"]) == ["seconds", "validation_seconds", "epochs", "images_per_second"]
+    assert list(result["train"]) == [
+        "seconds", "validation_seconds", "epochs", "images_per_second", "best_epoch", "validation_auroc",
+    ]  # fmt: skip
     assert result["train"]["epochs"] == 3
     assert result["target"] == {"threads": 1}
     assert list(result["thresholds"]) == list(result["auroc"]["per_label"]) == xray.LABELS
@@ -288,7 +290,7 @@ def test_a_label_without_both_classes_is_null_and_left_out_of_the_mean(
     """evaluate() and write_result() on the shared run's test rows, less those with Hernia."""
     table = xray.select_images(client_of(credentials), parse())
     table = table[(table["Hernia"] == 0) & (table["split"] != "train")].reset_index(drop=True)
-    truth = xray.truth_by_split(table)
+    truth = xray.labels_by_split(table)
     random = np.random.default_rng(0)
     report = xray.evaluate(tmp_path, table, lambda split: random.random(truth[split].shape), seed=0)
     hernia, mean = report.loc["Hernia"], report.loc["mean"]

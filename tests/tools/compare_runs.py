@@ -42,7 +42,7 @@ class Run(NamedTuple):
         if "threads" in target:
             return f"{target['threads']} CPU thread{'s' * (target['threads'] > 1)}"
         if "mode" in target:
-            return f"Spark, {target['executors']} executors, {target['partitions']} workers, {target['mode']}"
+            return f"Spark, {target['executors']} executors, {target['workers']} workers, {target['mode']}"
         return f"{len(target['gpus'])} × {target['gpus'][0]}"
 
     @property
