@@ -1993,9 +1993,9 @@ class S3Copy:
     def give_back(self) -> None:
         """Delete the claim. What S3 answers is of no matter: the run says what it has to say."""
         if self._claimed:
-            self._claimed = False
             with contextlib.suppress(UserError), self._errors():
                 self._client.delete_object(**self._key(self.CLAIM))
+                self._claimed = False
 
     def download(self, folder: Path) -> None:
         """Fetch into `folder` what a resumed run needs."""
