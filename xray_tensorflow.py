@@ -856,7 +856,7 @@ class RunFolder:
                 self._copy.take(resume)
                 self._take_new()
             elif output:
-                self._take(Path(output), resume)
+                self._take(Path(os.path.realpath(output)), resume)
             else:
                 self._take_new()
             if self._copy and resume:
@@ -872,19 +872,33 @@ class RunFolder:
             raise UserError(
                 f"{path} has no run that has begun to train: check --output, or leave out --resume"
             )
-        with contextlib.suppress(FileExistsError):
-            self._make(path)
         self.path = path
-        lock = (path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {path}: use another --output") from None
-        self._lock = lock
+        while not self._lock:
+            with contextlib.suppress(FileExistsError):
+                self._make(path)
+            # A run that ends meanwhile may take its lock with it, or the whole folder.
+            with contextlib.suppress(FileNotFoundError):
+                self._try_lock(path / ".lock")
         if not resume and any(path.glob("[!.]*")):
             raise UserError(
                 f"{path} is not empty: use another --output, or --resume to continue the run in it"
             )
+
+    def _try_lock(self, path: Path) -> None:
+        """Hold the lock, unless it is removed before it is held.
+
+        Raises UserError where another run holds it.
+        """
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                self._lock = lock
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {path.parent}: use another --output") from None
+        finally:
+            if not self._lock:
+                lock.close()
 
     def _take_new(self) -> None:
         """Take a folder of a name that no other run has, however many begin in the same second."""
@@ -901,8 +915,11 @@ class RunFolder:
     def _make(self, path: Path) -> None:
         """Make the folder. Raises FileExistsError where it is there."""
         absent = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir()
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a run that fails has removed its parent meanwhile
+                path.mkdir()
+                break
         self._made = [path, *absent]
 
     def __exit__(self, kind: Optional[type], error: Any, trace: Any) -> None:
@@ -970,11 +987,15 @@ class RunFolder:
             return pd.DataFrame()
         where = self._arguments.output
         try:
-            history = pd.read_csv(self.path / "history.csv", float_precision="round_trip")
+            types = {"epoch": int, "validation_auroc": float}
+            history = pd.read_csv(self.path / "history.csv", dtype=types, float_precision="round_trip")
             last = len(history)
             best = best_epoch(history)
+            damaged = list(history["epoch"]) != list(range(1, last + 1))
         except (ValueError, LookupError):
-            raise UserError(f"history.csv in {where} is damaged: start a new run") from None
+            damaged = True
+        if damaged:
+            raise UserError(f"history.csv in {where} is damaged: start a new run")
         if last > self._arguments.epochs:
             raise UserError(f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less")
         model.optimizer.build(model.trainable_variables)
@@ -992,7 +1013,6 @@ class RunFolder:
         self._begun = True
         if self._copy:
             self._copy.update(self.path)
-            self._copy.give_back()  # config.json holds the prefix from now on
 
     def keep(self, model: Any, history: pd.DataFrame) -> None:
         """Keep the weights and optimizer of the last epoch of `history`, and then `history` itself."""
@@ -1017,9 +1037,18 @@ class RunFolder:
         path = self._checkpoint(epoch)
         try:
             model.load_weights(path)
-        except (OSError, ValueError, LookupError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # HDF5's and Keras' words
             problem = "missing" if not path.exists() else f"damaged ({type(error).__name__})"
-            raise UserError(f"{path} is {problem}: start a new run, or restore the file") from None
+            where = self._arguments.output or self.path
+            raise UserError(
+                f"{path.name} in {where} is {problem}: start a new run, or restore the file"
+            ) from None
 
     def _drop_checkpoints(self, history: pd.DataFrame) -> None:
         """Remove all checkpoints but those of the best epoch and of the last one."""
@@ -1059,6 +1088,8 @@ class S3Copy:
         self._prefix = f"{prefix}/" if prefix else ""
         self._credentials = credentials
         self._client = s3_client(credentials)
+        # Its content tells a PUT that is asked for again, as its answer was lost, from another run's.
+        self._claim = os.urandom(16).hex().encode()
         self._claimed = False
         self._sent: dict[str, int] = {}  # time of the last change, in ns, of each file that the copy has
         self._behind = ""  # why the copy is behind, if it is
@@ -1083,15 +1114,14 @@ class S3Copy:
             # Whether an object may be deleted would else be known after the first epoch only.
             self._client.delete_object(**self._key(".partial"))
             try:
-                self._client.put_object(**self._key(self.CLAIM), Body=b"", **new)
+                self._client.put_object(**self._key(self.CLAIM), Body=self._claim, **new)
             except botocore.exceptions.ClientError as error:
-                if error.response["Error"].get("Code") not in (
-                    "PreconditionFailed",
-                    "ConditionalRequestConflict",
-                ):
+                taken = ("PreconditionFailed", "ConditionalRequestConflict")
+                if error.response["Error"].get("Code") not in taken:
                     raise
-                fix = f"use another --output, or delete {self.CLAIM} there if that run has ended"
-                raise UserError(f"another run has taken {self._output}: {fix}") from None
+                if not self._has_claim():
+                    fix = f"use another --output, or delete {self.CLAIM} there if that run has ended"
+                    raise UserError(f"another run has taken {self._output}: {fix}") from None
             self._claimed = True
             begun = "config.json" in self._names()
             if begun and not resume:
@@ -1105,12 +1135,18 @@ class S3Copy:
                     f"{self._output} has no run that has begun to train: check --output, or leave out --resume"
                 )
 
+    def _has_claim(self) -> bool:
+        try:
+            return fetch(self._client, self._bucket, self._prefix + self.CLAIM) == self._claim
+        except self._client.exceptions.NoSuchKey:  # the other run has ended just now
+            return False
+
     def give_back(self) -> None:
         """Delete the claim. What S3 answers is of no matter: the run says what it has to say."""
         if self._claimed:
-            self._claimed = False
             with contextlib.suppress(UserError), self._errors():
                 self._client.delete_object(**self._key(self.CLAIM))
+                self._claimed = False
 
     def download(self, folder: Path) -> None:
         """Fetch into `folder` what a resumed run needs."""
@@ -1144,6 +1180,7 @@ class S3Copy:
             self._client.delete_object(**self._key(name))
             del self._sent[name]
         self._behind = ""
+        self.give_back()  # config.json keeps other runs away from now on
 
     def finish(self, folder: Path) -> None:
         """A last update. Raises CopyError where S3 does not have all of the folder now."""

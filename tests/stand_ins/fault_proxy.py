@@ -3,8 +3,10 @@
     with fault_proxy(endpoint, latency_ms=50, every=20, kinds=FAULTS) as proxy:
         ...  # ask proxy.url instead of endpoint
 
-Every `every`-th request is faulty, the kinds in turn. From request `expire_after` on, the session token that was in use
-is answered as expired, a new one is not. The Host header is passed on as it came, so that signatures hold.
+Every `every`-th request is faulty, the kinds in turn. `choose`, which can be set at any time, says the kind of fault
+from the method and the path of a request, '' for none; `changes` lists what was asked to write or delete. From request
+`expire_after` on, the session token that was in use is answered as expired, a new one is not. The Host header is passed
+on as it came, so that signatures hold.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Callable
 
 import urllib3
 
@@ -32,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         server, length = self.server, int(self.headers.get("Content-Length", 0))
         sent = self.rfile.read(length)
-        fault = server.fault(self.headers.get("x-amz-security-token"))
+        fault = server.fault(self.headers.get("x-amz-security-token"), self.command, self.path)
         server.closing.wait(server.latency_ms / 1000)
         if fault == "stall before the headers":
             server.closing.wait()
@@ -44,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = {name: text for name, text in self.headers.items() if name.lower() not in ("connection", "expect")}
         how = {"retries": False, "redirect": False, "decode_content": False}
         came = server.pool.request(self.command, server.target + self.path, body=sent, headers=asked, **how)
+        if fault == "lost answer":
+            return self.hang_up(False)
         headers = {name: text for name, text in came.headers.items() if name.lower() not in HOP_BY_HOP}
         return self.reply(came.status, headers, came.data, fault)
 
@@ -78,7 +83,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-ERRORS = {"slow down": (503, "SlowDown"), "internal error": (500, "InternalError"), "expired": (400, "ExpiredToken")}
+ERRORS = {
+    "slow down": (503, "SlowDown"), "internal error": (500, "InternalError"), "expired": (400, "ExpiredToken"),
+    "denied": (403, "AccessDenied"),
+}  # fmt: skip
 HOP_BY_HOP = {"connection", "content-length", "date", "keep-alive", "server", "transfer-encoding"}
 
 
@@ -93,10 +101,12 @@ class Proxy(ThreadingHTTPServer):
         self.latency_ms, self.every, self.expire_after = latency_ms, every, expire_after
         self.kinds, self.requests, self.injected = itertools.cycle(kinds), 0, Counter()
         self.expired: str | None = None
+        self.choose: Callable[[str, str], str] = lambda method, path: ""
+        self.changes: list[tuple[str, str]] = []
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.pool = urllib3.PoolManager(maxsize=64)
 
-    def fault(self, token: str | None) -> str:
+    def fault(self, token: str | None, method: str, path: str) -> str:
         """The kind of fault of this request; none is ''."""
         with self.lock:
             self.requests += 1
@@ -105,6 +115,9 @@ class Proxy(ThreadingHTTPServer):
                 self.expired = token
             if self.expired and token == self.expired:
                 kind = "expired"
+            kind = kind or self.choose(method, path)
+            if method in ("PUT", "DELETE"):
+                self.changes.append((method, path))
             self.injected.update([kind] if kind else [])
             return kind
 

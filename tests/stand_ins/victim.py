@@ -8,6 +8,7 @@ small. All else is the script's own. The moments:
     ("image", n)   SIGKILL as the n-th radiograph is decoded
     ("batch", n)   SIGKILL as the n-th batch is made, of training or validation
     ("event", n)   SIGKILL before the n-th time that a file of the run folder is opened to write, renamed or removed
+    ("change", n)  SIGKILL before the n-th request that writes to S3 or deletes there
     ("byte", n)    the kernel ends the process where it writes byte n of a file: the size limit's signal, left to kill
 """
 
@@ -46,11 +47,12 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def start(options: list[Any], screen: Path, die: Moment | None = None) -> Any:
-    """The process of a run. What it prints goes to `screen`.out and `screen`.err."""
+def start(options: list[Any], screen: Path, die: Moment | None = None, folder: Path | None = None) -> Any:
+    """The process of a run, at home in `folder`. What it prints goes to `screen`.out and `screen`.err."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["victim", "tensorflow", "keras", "matplotlib.figure"])
-    process = context.Process(target=live, args=([str(option) for option in options], screen, die), daemon=True)
+    words = [str(option) for option in options]
+    process = context.Process(target=live, args=(words, screen, die, folder), daemon=True)
     with pytest.MonkeyPatch.context() as patch:  # what the server of forks takes with it
         for name, text in ENVIRONMENT.items():
             patch.setenv(name, text)
@@ -68,8 +70,8 @@ def end(process: Any, screen: Path) -> Ended:
     return Ended(process.exitcode, *(screen.with_suffix(suffix).read_text() for suffix in (".out", ".err")))
 
 
-def run(options: list[Any], screen: Path, die: Moment | None = None) -> Ended:
-    return end(start(options, screen, die), screen)
+def run(options: list[Any], screen: Path, die: Moment | None = None, folder: Path | None = None) -> Ended:
+    return end(start(options, screen, die, folder), screen)
 
 
 # ---- in the process ----
@@ -83,12 +85,14 @@ class Ticking(np.ndarray):
         return np.asarray(super().__getitem__(item))
 
 
-def live(options: list[str], screen: Path, die: Moment | None) -> None:
+def live(options: list[str], screen: Path, die: Moment | None, folder: Path | None) -> None:
     """Run the script's `main` with `options` and exit with its code, unless the moment `die` comes before."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         with screen.with_suffix(suffix).open("wb") as file:
             os.dup2(file.fileno(), number)
     sys.argv = ["xray_tensorflow.py", *options]
+    if folder:
+        os.chdir(folder)
     xray.build_cnn = small_cnn
     xray.hold_to_cores = lambda threads: None  # it would hold the others that fork from here too
     kind, count = die or ("", 0)
@@ -105,8 +109,18 @@ def live(options: list[str], screen: Path, die: Moment | None) -> None:
         make = xray.batches
         xray.batches = lambda pixels, *rest: make(pixels.view(Ticking), *rest)
     elif kind == "event":
-        folder = options[options.index("--output") + 1]
-        sys.addaudithook(lambda event, args: tick() if changes(folder, event, args) else None)
+        output = options[options.index("--output") + 1]
+        sys.addaudithook(lambda event, args: tick() if changes(output, event, args) else None)
+    elif kind == "change":
+        make_client = xray.s3_client
+
+        def counted_client(*how: Any, **more: Any) -> Any:
+            client = make_client(*how, **more)
+            for operation in ("PutObject", "DeleteObject"):
+                client.meta.events.register(f"before-send.s3.{operation}", lambda **_: tick())
+            return client
+
+        xray.s3_client = counted_client
     elif kind == "byte":
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
