@@ -89,7 +89,9 @@ def layers(model: Any) -> Iterator[Any]:
 
 def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.ndarray) -> None:
     model = xray.build_cnn(options(), truth)
-    momenta = {layer.momentum for layer in layers(model) if isinstance(layer, keras.layers.BatchNormalization)}
+    momenta = {
+        layer.momentum for layer in layers(model) if isinstance(layer, keras.layers.BatchNormalization)
+    }
     assert max(momenta) <= 0.9
     before = statistics(model)
     assert len(before) == 54
@@ -168,11 +170,15 @@ def refuse(weights: str, truth: np.ndarray) -> str:
 
 
 def test_imagenet_that_cannot_be_downloaded(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # where nobody listens, on a machine with a network too
+    monkeypatch.setenv(
+        "https_proxy", "http://127.0.0.1:1"
+    )  # where nobody listens, on a machine with a network too
     assert "imagenet" in refuse("imagenet", truth)
 
 
-@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning:keras")  # of the file of another CNN
+@pytest.mark.filterwarnings(
+    "ignore:Skipping nested container:UserWarning:keras"
+)  # of the file of another CNN
 def test_weights_that_are_none(truth: np.ndarray, tmp_path: Path, keras: Any) -> None:
     assert "absent.h5" in refuse(str(tmp_path / "absent.h5"), truth)
     for name in ("text.weights.h5", "text.h5", "text"):

@@ -28,7 +28,9 @@ from PIL import Image
 IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
 BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 of training and 6 of validation
 BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file, of 6.6 MB
-EVENTS = range(1, 21)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
+EVENTS = range(
+    1, 21
+)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
 FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), ("event", 12)}
@@ -75,7 +77,9 @@ def check_whole(folder: Path, unbroken: Path) -> int:
     for name in names & {"skipped.csv", "predictions.csv"}:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
     for name in names & {"config.json", "metrics.json"}:
-        assert json.loads((folder / name).read_text()).keys() == json.loads((unbroken / name).read_text()).keys()
+        assert (
+            json.loads((folder / name).read_text()).keys() == json.loads((unbroken / name).read_text()).keys()
+        )
     for name in names & {"model.keras"}:
         assert zipfile.ZipFile(folder / name).testzip() is None
     for name in names & {"report.png"}:
@@ -91,7 +95,9 @@ def check_whole(folder: Path, unbroken: Path) -> int:
 
 
 @pytest.mark.parametrize("moment", MARKED, ids="{0[0]} {0[1]}".format)
-def test_a_killed_run_ends_as_an_unbroken_one(unbroken: Unbroken, tmp_path: Path, moment: victim.Moment) -> None:
+def test_a_killed_run_ends_as_an_unbroken_one(
+    unbroken: Unbroken, tmp_path: Path, moment: victim.Moment
+) -> None:
     folder, options = tmp_path / "run", [*unbroken.options, "--output", tmp_path / "run"]
     if moment[0] == "image":
         options[options.index("--cache") + 1] = tmp_path / "cache"
@@ -176,7 +182,9 @@ def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -
         ("10m", 1),
     ],
 )
-def test_a_full_output_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path, size: str, epochs: int) -> None:
+def test_a_full_output_disk(
+    unbroken: Unbroken, disk: Callable, tmp_path: Path, size: str, epochs: int
+) -> None:
     folder = disk(f"size={size}") / "run"
     options = [*unbroken.options, "--output", folder]
     full = victim.run(options, tmp_path / "full")
@@ -191,7 +199,9 @@ def test_a_full_output_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["model.keras", "report.png"])
-def test_a_disk_full_when_the_result_is_written(unbroken: Unbroken, disk: Callable, tmp_path: Path, name: str) -> None:
+def test_a_disk_full_when_the_result_is_written(
+    unbroken: Unbroken, disk: Callable, tmp_path: Path, name: str
+) -> None:
     folder = disk("size=40m") / "run"
     shutil.copytree(unbroken.folder, folder)
     for path in folder.glob("[mr]*"):  # model, metrics and report

@@ -209,7 +209,17 @@ def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
 ) -> None:
     shutil.copytree(submitted[1], tmp_path / "run")
     marks = [tmp_path / "cache"]  # a new one: all images are fetched again
-    words = ["--credentials", credentials, "--cache", marks[0], "--output", tmp_path / "run", "--resume", "--epochs", 2]
+    words = [
+        "--credentials",
+        credentials,
+        "--cache",
+        marks[0],
+        "--output",
+        tmp_path / "run",
+        "--resume",
+        "--epochs",
+        2,
+    ]
     resumed = result_of(submit(tmp_path, *words, stop=(kill_executors(tmp_path, marks), signal.SIGTERM)))
     assert not marks
     assert resumed["images"] == result_of(submitted[0])["images"]

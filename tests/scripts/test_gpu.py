@@ -52,12 +52,21 @@ def test_an_old_gpu_needs_an_old_tensorflow(gpus: list[dict]) -> None:
         ("mixed_float16", [M60], "mixed_float16"),
     ],
 )
-def test_precision_follows_the_capability_unless_it_is_said(wanted: str, gpus: list[dict], policy: str) -> None:
+def test_precision_follows_the_capability_unless_it_is_said(
+    wanted: str, gpus: list[dict], policy: str
+) -> None:
     assert xray_gpu.choose_precision(wanted, gpus) == policy
 
 
 def test_without_a_gpu_the_script_ends_at_once(credentials: Path, tmp_path: Path) -> None:
-    command = ["env", "CUDA_VISIBLE_DEVICES=-1", sys.executable, ROOT / "xray_gpu.py", "--credentials", credentials]
+    command = [
+        "env",
+        "CUDA_VISIBLE_DEVICES=-1",
+        sys.executable,
+        ROOT / "xray_gpu.py",
+        "--credentials",
+        credentials,
+    ]
     finished = run_process(command, cwd=tmp_path)
     assert finished.code == 2
     assert finished.stderr.startswith("xray_gpu.py: error: TensorFlow")
@@ -94,7 +103,17 @@ sys.exit(xray_gpu.run_script(xray_gpu.main))
 
 @pytest.mark.slow
 def test_the_whole_script_on_two_devices_in_mixed_precision(credentials: Path, tmp_path: Path) -> None:
-    options = ["--credentials", credentials, *QUICK, "--epochs", "1", "--output", "run", "--precision", "mixed_float16"]
+    options = [
+        "--credentials",
+        credentials,
+        *QUICK,
+        "--epochs",
+        "1",
+        "--output",
+        "run",
+        "--precision",
+        "mixed_float16",
+    ]
     finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options], cwd=tmp_path)
     assert finished.code == 0, finished.stderr
     result = json.loads(finished.stdout.splitlines()[-1])

@@ -193,7 +193,9 @@ def find_jars() -> list[str]:
     if not (kept.exists() and all(Path(jar).exists() for jar in kept.read_text().split(":"))):
         cache.mkdir(parents=True, exist_ok=True)
         words = ["dependency:build-classpath", "-Dmdep.includeScope=runtime", f"-Dmdep.outputFile={kept}"]
-        finished = subprocess.run(["mvn", "-B", "-q", "-f", POM, *words], check=False, capture_output=True, text=True)
+        finished = subprocess.run(
+            ["mvn", "-B", "-q", "-f", POM, *words], check=False, capture_output=True, text=True
+        )
         if finished.returncode:
             raise StandInError(f"Maven cannot fetch Hadoop: {finished.stdout.strip().splitlines()[0]}")
     return kept.read_text().strip().split(":")
@@ -213,7 +215,16 @@ def spark_home() -> Path:
 
 def shuffle_service() -> str:
     """The jars of Spark's shuffle service: one from Maven, and what it needs of pip's pyspark, of the same version."""
-    wanted = ("spark-", "netty-", "jackson-", "leveldbjni", "rocksdbjni", "scala-library", "metrics-core", "commons-")
+    wanted = (
+        "spark-",
+        "netty-",
+        "jackson-",
+        "leveldbjni",
+        "rocksdbjni",
+        "scala-library",
+        "metrics-core",
+        "commons-",
+    )
     wanted += ("guava", "RoaringBitmap", "shims-0", "log4j-", "slf4j-", "jsr305")
     own = next(jar for jar in find_jars() if "spark-network-yarn" in jar)
     jars = sorted((spark_home() / "jars").glob("*.jar"))
@@ -296,7 +307,10 @@ def write_configuration(folder: Path, memory: int, cores: int, calculator: str) 
         ]
         (hadoop / f"{name}.xml").write_text("\n".join(["<configuration>", *lines, "</configuration>", ""]))
     (hadoop / "log4j.properties").write_text(LOG4J)
-    for server in ("hdfs", "datanode"):  # their web pages, which no jar has and without which they do not start
+    for server in (
+        "hdfs",
+        "datanode",
+    ):  # their web pages, which no jar has and without which they do not start
         (folder / "web" / "webapps" / server).mkdir(parents=True)
     lines = [f"{name} {value}" for name, value in spark_settings().items()]
     (spark / "spark-defaults.conf").write_text("\n".join([*lines, ""]))
@@ -305,7 +319,9 @@ def write_configuration(folder: Path, memory: int, cores: int, calculator: str) 
     java_home = Path(shutil.which("java")).resolve().parent.parent
     words = {"java_home": java_home, "hadoop": hadoop, "spark": spark, "bin": Path(sys.executable).parent}
     quoted = {name: shlex.quote(str(word)) for name, word in words.items()}
-    (folder / "on").write_text(ON.format(master=MASTER, tools=shlex.quote(server_classpath(folder)), **quoted))
+    (folder / "on").write_text(
+        ON.format(master=MASTER, tools=shlex.quote(server_classpath(folder)), **quoted)
+    )
     (folder / "on").chmod(0o755)
 
 
@@ -359,7 +375,11 @@ def active_nodes() -> int:
 
 
 def start(
-    folder: Path, nodes: int = 2, memory: int = 12288, cores: int = 4, calculator: str = "DefaultResourceCalculator"
+    folder: Path,
+    nodes: int = 2,
+    memory: int = 12288,
+    cores: int = 4,
+    calculator: str = "DefaultResourceCalculator",
 ) -> Cluster:
     """The cluster, once its nodes are there and HDFS can be written. Raises StandInError where it does not come."""
     folder = folder.resolve()
@@ -383,7 +403,9 @@ def start(
             if time.monotonic() > deadline or any(server.poll() is not None for server in started):
                 raise StandInError(f"a server does not start: {folder}/logs says why")
             time.sleep(1)
-        cluster.run("hdfs", "dfs", "-mkdir", "-p", "/var/log/spark/apps", "/var/log/hadoop-yarn/apps", "/user/root")
+        cluster.run(
+            "hdfs", "dfs", "-mkdir", "-p", "/var/log/spark/apps", "/var/log/hadoop-yarn/apps", "/user/root"
+        )
     except BaseException:
         stop()
         raise
@@ -401,7 +423,9 @@ def running(folder: Path, **how: int) -> Iterator[Cluster]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("stop")
     how = actions.add_parser("start")
@@ -410,7 +434,9 @@ def main() -> int:
     how.add_argument("--memory", type=int, default=12288, help="MB that a node declares [%(default)s]")
     how.add_argument("--cores", type=int, default=4, help="cores that a node declares [%(default)s]")
     calculators = ["DefaultResourceCalculator", "DominantResourceCalculator"]
-    how.add_argument("--calculator", choices=calculators, default=calculators[0], help="of YARN [%(default)s]")
+    how.add_argument(
+        "--calculator", choices=calculators, default=calculators[0], help="of YARN [%(default)s]"
+    )
     arguments = parser.parse_args()
     if arguments.action == "stop":
         stop()
@@ -421,7 +447,9 @@ def main() -> int:
     except StandInError as error:
         print(f"hadoop.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"HADOOP_CONF_DIR={cluster.folder}/hadoop SPARK_CONF_DIR={cluster.folder}/spark on={cluster.command}")
+    print(
+        f"HADOOP_CONF_DIR={cluster.folder}/hadoop SPARK_CONF_DIR={cluster.folder}/spark on={cluster.command}"
+    )
     return 0
 
 
