@@ -698,7 +698,7 @@ def kept_model(job: Job) -> Any:
     here.
     """
     # What Spark sends has fresh globals in every task, but a module that is imported stays.
-    kept = sys.modules.setdefault("xray_kept", types.ModuleType("xray_kept"))
+    kept: Any = sys.modules.setdefault("xray_kept", types.ModuleType("xray_kept"))
     if not hasattr(kept, "model"):
         tf = import_tensorflow()
         tf.config.threading.set_intra_op_parallelism_threads(job.cores)
