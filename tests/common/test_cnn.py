@@ -194,3 +194,109 @@ def test_weights_that_cannot_be_had_leave_no_run_folder(fails: Callable, tmp_pat
     output = tmp_path / "output"
     assert "absent.h5" in fails("--weights", tmp_path / "absent.h5", "--image-size", 32, "--output", output)
     assert not output.exists() or not list(output.iterdir())
+
+
+# ---- what speed_up takes and what it refuses ----
+
+
+def small(keras: Any, conv: Any, norm: Any | None = None, second: bool = False) -> list[Any]:
+    """The layers of a model: a convolution, its normalisation, and where asked for one more that gets its output."""
+    inputs = keras.Input((8, 8, 4))
+    x = conv(inputs)
+    outputs = [(norm or keras.layers.BatchNormalization())(x)]
+    if second:
+        outputs.append(keras.layers.ReLU()(x))
+    return keras.Model(inputs, outputs).layers
+
+
+UNFIT: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "a bias": lambda k: {"conv": k.Conv2D(4, 3, name="odd")},
+    "dilation": lambda k: {"conv": k.Conv2D(4, 3, dilation_rate=2, use_bias=False, name="odd")},
+    "groups": lambda k: {"conv": k.Conv2D(4, 3, groups=2, use_bias=False, name="odd")},
+    "an activation": lambda k: {"conv": k.Conv2D(4, 3, activation="relu", use_bias=False, name="odd")},
+    "a bias ": lambda k: {"conv": k.DepthwiseConv2D(3, name="odd")},
+    "dilation ": lambda k: {"conv": k.DepthwiseConv2D(3, dilation_rate=2, use_bias=False, name="odd")},
+    "channels first": lambda k: {"conv": k.Conv2D(4, 3, data_format="channels_first", use_bias=False, name="odd")},
+    "an output that others than its normalisation get": lambda k: {
+        "conv": k.Conv2D(4, 3, use_bias=False, name="odd"),
+        "second": True,
+    },
+    "a normalisation without scale or offset": lambda k: {
+        "conv": k.Conv2D(4, 3, use_bias=False, name="odd"),
+        "norm": k.BatchNormalization(scale=False),
+    },
+    "a normalisation of another axis than the channels": lambda k: {
+        "conv": k.Conv2D(4, 3, use_bias=False, name="odd"),
+        "norm": k.BatchNormalization(axis=1),
+    },
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_convolution_that_speed_up_cannot_compute_is_refused(keras: Any, what: str) -> None:
+    layers = small(keras, **UNFIT[what](keras.layers))
+    with pytest.raises(ValueError, match=rf"layer odd has {what.strip()}, which speed_up cannot compute"):
+        xray.speed_up(layers)
+
+
+def test_a_network_whose_convolutions_have_biases_is_refused(keras: Any) -> None:
+    resnet = keras.applications.ResNet50(weights=None, include_top=False, input_shape=(32, 32, 3))
+    with pytest.raises(ValueError, match="layer conv1_conv has a bias"):
+        xray.speed_up(resnet.layers)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        {"strides": 2, "padding": "valid"},
+        {"strides": 2, "padding": "same"},
+        {"strides": 1, "padding": "same"},
+        {"kernel_size": 1},
+        {"kernel_size": 1, "strides": 2},
+        {"kernel_size": (3, 1), "padding": "same"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["Conv2D", "DepthwiseConv2D"])
+def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: bool) -> None:
+    how = {"kernel_size": 3, **conv, **({"filters": 6} if kind == "Conv2D" else {"depth_multiplier": 2})}
+    norm = keras.layers.BatchNormalization()
+    layers = small(keras, getattr(keras.layers, kind)(use_bias=False, **how), norm)
+    random = np.random.default_rng(0)
+    start = [random.uniform(0.5, 2, weight.shape) for weight in norm.get_weights()]
+    norm.set_weights(start)
+    norm.trainable = not frozen
+    model = keras.Model(layers[0].output, layers[-1].output)
+    images = random.normal(size=(3, 8, 8, 4)).astype(np.float32)
+    wanted = [model(images, training=training).numpy() for training in (False, True)]
+    xray.speed_up(layers)
+    norm.set_weights(start)  # which training has moved
+    found = [model(images, training=training).numpy() for training in (False, True)]
+    for one, other in zip(found, wanted):
+        assert one == pytest.approx(other, abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+def test_another_backbone_without_biases_is_computed_as_keras_does(keras: Any, frozen: bool) -> None:
+    backbone = keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(64, 64, 3), pooling="avg")
+    norms = [layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32)
+    for layer in norms:
+        layer.momentum = 0
+    backbone(images, training=True)  # statistics that let a signal through
+    for layer in norms:
+        layer.momentum = 0.9
+        layer.trainable = not frozen
+    plain = keras.models.clone_model(backbone)
+    plain.set_weights(backbone.get_weights())
+    for layer, twin in zip(backbone.layers, plain.layers):
+        twin.trainable = layer.trainable
+    xray.speed_up(backbone.layers)
+    assert sum("call" in vars(layer) for layer in norms) == len(norms) == 52
+    for training in (False, True):
+        found, wanted = (model(images, training=training).numpy() for model in (backbone, plain))
+        assert np.linalg.norm(found - wanted) <= 1e-3 * np.linalg.norm(wanted)
+    for one, other in zip(statistics(backbone), statistics(plain)):
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Callable
 import numpy as np
 import pytest
 from helpers import client_of, label_file, make_bucket, parse
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from sample_bucket import TRUNCATED, draw_radiograph, read_rows
 
 import xray_tensorflow as xray
@@ -70,6 +71,8 @@ UNREADABLE = {
     "damaged": WHOLE[:200] + bytes(100) + WHOLE[300:],
     "20000 x 20000 in 70 bytes": png(20000, 20000, b""),
     "13000 x 13000, all of them there": png(13000, 13000, bytes(13001 * 13000)),
+    "EPS": encode(PICTURE, "EPS"),
+    "GIF": encode(PICTURE, "GIF"),
     "text of 64 MB": png(1, 1, bytes(2), (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26)))),
 }
 
@@ -111,12 +114,43 @@ def test_an_image_that_is_not_square_and_one_that_is_smaller() -> None:
     assert xray.decode(encode(Image.new("L", (1, 1), 9)), 64).tolist() == np.full((64, 64), 9).tolist()
 
 
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 64 64
+%%EndComments
+(touched) (w) file closefile showpage
+"""
+FOREIGN = {
+    "EPS": EPS,
+    "EPS by Pillow": encode(PICTURE, "EPS"),
+    **{form: encode(PICTURE, form) for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "TGA", "JPEG2000", "PDF", "ICO")},
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_a_format_that_no_radiograph_has_is_no_image(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow opens these too, and would start Ghostscript, an interpreter of programs, for an EPS."""
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what Pillow has found before
+    with pytest.raises(UnidentifiedImageError):
+        xray.decode(FOREIGN[form], 32)
+    assert not (tmp_path / "started").exists()
+    if form.startswith("EPS"):  # the stand-in is what Pillow would have started
+        with contextlib.suppress(OSError, SystemError):
+            Image.open(io.BytesIO(FOREIGN[form])).load()
+        assert (tmp_path / "started").exists()
+
+
 @pytest.fixture(scope="module")
 def odd(credentials: Path) -> dict[str, str]:
-    """A bucket of 60 images, five of them unreadable: {their name: what is wrong}."""
+    """A bucket of 60 images, some of them unreadable: {their name: what is wrong}."""
     rows = read_rows()[:60]
     names = [name for name, _ in rows]
-    wrong = dict(zip(names[::7], UNREADABLE))
+    wrong = dict(zip(names[::6], UNREADABLE))
     images = {name: UNREADABLE[wrong[name]] if name in wrong else READABLE["LA"] for name in names}
     make_bucket(credentials, "odd", label_file(rows), images)
     return wrong

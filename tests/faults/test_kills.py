@@ -6,6 +6,7 @@ By default one moment of each kind; all of them: pytest -m slow tests/faults/tes
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -22,8 +23,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import victim
-from helpers import QUICK, one_line
+import yaml
+from fault_proxy import fault_proxy
+from helpers import QUICK, edited, one_line
 from PIL import Image
+from sample_bucket import connect
 
 IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
 BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 of training and 6 of validation
@@ -138,6 +142,114 @@ def test_ended_while_it_writes_the_model(unbroken: Unbroken, tmp_path: Path, cou
     assert again.code == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
     assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+
+
+RUNS = "my-xray-runs-killed"
+# .partial, .taken; skipped, config, .taken; checkpoint and history, twice, and a checkpoint that goes; the result
+CHANGES = range(1, 15)
+
+
+@pytest.fixture(scope="module")
+def runs_bucket(credentials: Path) -> Any:
+    """A client of the server, with a bucket for runs."""
+    client = connect(yaml.safe_load(credentials.read_text())["endpoint_url"])
+    client.create_bucket(Bucket=RUNS)
+    return client
+
+
+def fetched_copy(client: Any, prefix: str, folder: Path) -> Path:
+    """What S3 has of a run, in a folder."""
+    folder.mkdir()
+    for entry in client.list_objects_v2(Bucket=RUNS, Prefix=f"{prefix}/").get("Contents", []):
+        body = client.get_object(Bucket=RUNS, Key=entry["Key"])["Body"].read()
+        (folder / entry["Key"].rsplit("/", 1)[1]).write_bytes(body)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(n, marks=[] if n == 9 else pytest.mark.slow) for n in CHANGES], ids="change {}".format
+)
+def test_a_run_killed_at_an_upload_ends_on_another_machine(
+    unbroken: Unbroken, runs_bucket: Any, tmp_path: Path, moment: int
+) -> None:
+    prefix = f"run-{moment}"
+    options = [*unbroken.options, "--output", f"s3://{RUNS}/{prefix}"]
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    killed = victim.run(options, tmp_path / "killed", ("change", moment), one)
+    assert killed.code == -signal.SIGKILL, killed.stderr
+    left = fetched_copy(runs_bucket, prefix, tmp_path / "left")
+    epochs = check_whole(left, unbroken.folder)
+    begun = (left / "config.json").exists()
+    shutil.rmtree(one)
+
+    if (left / ".taken").exists() and not begun:
+        refused = victim.run(options, tmp_path / "refused", folder=other)
+        assert "another run has taken" in one_line(refused.code, refused.stderr)
+        runs_bucket.delete_object(Bucket=RUNS, Key=f"{prefix}/.taken")
+    again = victim.run([*options, *["--resume"] * begun], tmp_path / "again", folder=other)
+    assert again.code == 0, again.stderr
+    assert re.findall(r"continuing after epoch (\d+)", again.stdout) == [str(epochs)] * bool(epochs)
+    result = json.loads(again.stdout.splitlines()[-1])
+    for name in ("images", "auroc", "thresholds"):
+        assert result[name] == unbroken.result[name]
+    (folder,) = (other / "runs").iterdir()
+    copy = fetched_copy(runs_bucket, prefix, tmp_path / "copy")
+    assert check_whole(copy, unbroken.folder) == 2
+    assert {path.name for path in copy.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    for path in folder.iterdir():
+        assert (copy / path.name).read_bytes() == path.read_bytes()
+    assert (copy / "predictions.csv").read_bytes() == (unbroken.folder / "predictions.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_s3_that_refuses_from_the_first_epoch_on(
+    unbroken: Unbroken, credentials: Path, runs_bucket: Any, tmp_path: Path
+) -> None:
+    """As with a session token that expires: the run goes on, and its exit code tells."""
+    with fault_proxy(runs_bucket.meta.endpoint_url) as proxy:
+        proxy.choose = lambda method, path: "expired" if "checkpoint" in path else ""
+        through = edited(credentials, tmp_path, endpoint_url=proxy.url)
+        output = f"s3://{RUNS}/refused"
+        options = [*unbroken.options, "--credentials", through, "--output", output, "--cache", tmp_path / "cache"]
+        ended = victim.run(options, tmp_path / "screen", folder=tmp_path)
+        assert ended.code == 3
+        warning, error = (line for line in ended.stderr.splitlines() if "session token" in line)
+        assert warning.startswith("warning: the session token is expired or not valid")
+        assert error.startswith(f"xray_tensorflow.py: error: {output} is behind runs/")
+        assert "Traceback" not in ended.stderr
+        assert json.loads(ended.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
+        (folder,) = (tmp_path / "runs").iterdir()
+        assert check_whole(folder, unbroken.folder) == 2
+        assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+
+        # The command of the error line, less the AWS CLI: what it copies can be resumed.
+        for path in folder.iterdir():
+            runs_bucket.upload_file(str(path), RUNS, f"refused/{path.name}")
+        proxy.choose = lambda method, path: ""
+        again = victim.run([*options, "--resume"], tmp_path / "again", folder=tmp_path)
+        assert again.code == 0, again.stderr
+    assert ".taken" not in {path.name for path in fetched_copy(runs_bucket, "refused", tmp_path / "copy").iterdir()}
+
+
+@pytest.mark.slow
+def test_s3_that_is_away_for_an_epoch(
+    unbroken: Unbroken, credentials: Path, runs_bucket: Any, tmp_path: Path
+) -> None:
+    with fault_proxy(runs_bucket.meta.endpoint_url) as proxy:
+        # botocore asks 10 times for the first file and 3 times for each of the next update: then S3 is back.
+        away = itertools.chain(["reset"] * 12, itertools.repeat(""))
+        proxy.choose = lambda method, path: next(away) if "checkpoint" in path else ""
+        through = edited(credentials, tmp_path, endpoint_url=proxy.url)
+        output = ["--output", f"s3://{RUNS}/away"]
+        options = [*unbroken.options, "--credentials", through, *output, "--cache", tmp_path / "cache"]
+        ended = victim.run(options, tmp_path / "screen", folder=tmp_path)
+    assert ended.code == 0, ended.stderr
+    assert ended.stderr.count("S3 is out of reach") == 1
+    copy = fetched_copy(runs_bucket, "away", tmp_path / "copy")
+    assert check_whole(copy, unbroken.folder) == 2
+    assert {path.name for path in copy.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
 
 
 @pytest.fixture

@@ -1,0 +1,120 @@
+"""--flip: which images are mirrored, that they are exact mirrors, and that a resumed run draws the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import victim
+from helpers import QUICK, parse
+
+import xray_tensorflow as xray
+
+COUNT = 2000
+
+
+def draws(epoch: int, *options: Any, count: int = COUNT) -> np.ndarray:
+    flips = xray.draw_flips(parse("--flip", *options), epoch, count)
+    assert flips is not None
+    return flips
+
+
+def test_it_is_off_by_default() -> None:
+    assert not parse().flip
+    assert xray.draw_flips(parse(), 1, COUNT) is None
+
+
+def test_seed_and_epoch_decide_each_row() -> None:
+    one = draws(1)
+    assert one.dtype == bool
+    assert 0.45 < one.mean() < 0.55
+    assert np.array_equal(one, draws(1))
+    for other in (draws(2), draws(1, "--seed", 1)):
+        assert 0.45 < (one != other).mean() < 0.55
+
+
+@pytest.mark.usefixtures("keras")
+class TestBatches:
+    @pytest.fixture
+    def pixels(self) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 256, (40, 9, 9), np.uint8)
+
+    def images(self, pixels: np.ndarray, rows: np.ndarray, flips: np.ndarray | None) -> np.ndarray:
+        labels = np.zeros((len(pixels), 15), np.float32)
+        data = xray.batches(pixels, labels, rows, 7, flips)
+        return np.concatenate([image for image, _ in data.as_numpy_iterator()])[..., 0]
+
+    def test_a_mirrored_image_is_the_exact_mirror(self, pixels: np.ndarray) -> None:
+        before = pixels.copy()
+        rows = np.random.default_rng(1).permutation(40)[:33]
+        flips = draws(1, count=40)
+        found = self.images(pixels, rows, flips)
+        for image, row in zip(found, rows):
+            assert np.array_equal(image, before[row, :, ::-1] if flips[row] else before[row])
+        assert np.array_equal(pixels, before), (
+            "the pixels in memory are those of validation and of later epochs too"
+        )
+
+    def test_without_flips_nothing_is_mirrored(self, pixels: np.ndarray) -> None:
+        rows = np.arange(40)
+        assert np.array_equal(self.images(pixels, rows, None), pixels)
+
+    def test_training_alone_is_mirrored(self, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        split = ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
+        table = pd.DataFrame(0.0, range(40), xray.LABELS).assign(split=split)
+        asked: list[Any] = []
+        monkeypatch.setattr(xray, "batches", lambda *how: asked.append(how))
+
+        class Model:
+            def get_layer(self, name: str) -> Any:
+                return self
+
+            seed_generator = state = property(lambda self: self)
+
+            def assign(self, seeds: list[int]) -> None:
+                assert seeds == [0, 2]
+
+            def fit(self, data: Any, **how: Any) -> Any:
+                return type("History", (), {"history": {"loss": [1.0]}})
+
+            def predict(self, data: Any, verbose: int) -> None:
+                return None
+
+        arguments = parse("--flip", "--batch-size", 4)
+        trainer = xray.KerasTrainer(Model(), pixels, table, arguments)
+        trainer.fit_epoch(2)
+        trainer.predict("validation")
+        trainer.predict("test")
+        training, *others = asked
+        assert set(training[2]) == set(range(20))
+        assert np.array_equal(training[4], draws(2, count=40))
+        assert [set(how[2]) for how in others] == [set(range(20, 30)), set(range(30, 40))]
+        assert all(len(how) == 4 for how in others)  # no flips
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_what_an_unbroken_one_draws(credentials: Path, tmp_path: Path) -> None:
+    """Of whole runs; and that flips do something."""
+    options = ["--credentials", credentials, *QUICK, "--cache", tmp_path / "cache"]
+    results = {}
+    for name, more in [
+        ("plain", [["--epochs", 3]]),
+        ("flip", [["--epochs", 3]]),
+        ("resumed", [["--epochs", 1], ["--epochs", 3]]),
+    ]:
+        for part, epochs in enumerate(more):
+            flip = ["--flip"] * (name != "plain")
+            resume = ["--resume"] * part
+            ended = victim.run(
+                [*options, *flip, *resume, *epochs, "--output", tmp_path / name], tmp_path / f"{name}{part}"
+            )
+            assert ended.code == 0, ended.stderr
+        results[name] = json.loads(ended.stdout.splitlines()[-1])
+    files = {name: (tmp_path / name / "predictions.csv").read_bytes() for name in results}
+    assert files["resumed"] == files["flip"] != files["plain"]
+    assert results["resumed"]["auroc"] == results["flip"]["auroc"]
+    assert json.loads((tmp_path / "flip" / "config.json").read_text())["arguments"]["flip"] is True
