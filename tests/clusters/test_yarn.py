@@ -98,12 +98,17 @@ def run_command(command: list[Any], folder: Path) -> subprocess.CompletedProcess
     return finished
 
 
-def submit(yarn: Yarn, folder: Path, words: list[Any], options: list[Any]) -> Run:
-    """Run the script, as it lies with its credentials alone in `folder`, by spark-submit on the cluster's master."""
+def spark_submit(yarn: Yarn, folder: Path, words: list[Any], options: list[Any]) -> subprocess.CompletedProcess:
+    """Run the script, as it lies with its credentials alone in `folder`, on the cluster's master."""
     shutil.copy(ROOT / "xray_elephas.py", folder)
     shutil.copy(yarn.credentials, folder / "credentials.yml")
     command = [yarn.cluster.command, "spark-submit", *words, "xray_elephas.py", *options]
-    finished = run_command(command, folder)
+    return run_command(command, folder)
+
+
+def submit(yarn: Yarn, folder: Path, words: list[Any], options: list[Any]) -> Run:
+    """spark_submit, and what YARN tells of it."""
+    finished = spark_submit(yarn, folder, words, options)
     return Run(folder, finished, look_back(yarn.cluster))
 
 
@@ -260,11 +265,8 @@ def test_what_the_user_must_fix_is_tried_once(refused: Run) -> None:
 
 
 def test_in_client_mode_an_error_is_the_last_line(yarn: Yarn, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "xray_elephas.py", tmp_path)
-    shutil.copy(yarn.credentials, tmp_path / "credentials.yml")
     before = newest()
-    command = [yarn.cluster.command, "spark-submit", *OWN, "xray_elephas.py", "--bucket", "no-such-bucket"]
-    finished = run_command(command, tmp_path)
+    finished = spark_submit(yarn, tmp_path, OWN, ["--bucket", "no-such-bucket"])
     assert finished.returncode == 2
     # spark-submit passes on as stdout what the script writes to stderr; its own log is stderr.
     assert finished.stdout.splitlines()[-1] == NO_BUCKET
@@ -314,14 +316,14 @@ class Killer(threading.Thread):
         hadoop.kill_node(self.killed)
 
 
-def test_a_lost_node_costs_time_alone(yarn: Yarn, client: Run, tmp_path: Path) -> None:
+def test_a_lost_node_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
     """Its executor comes back on the other node, and the epoch is trained again."""
     killer = Killer(yarn, tmp_path / "run" / "history.csv")  # written after the first epoch
     killer.start()
     try:
-        run = submit(yarn, tmp_path, SMALL, [*TINY, "--epochs", 4, "--output", tmp_path / "run"])
+        finished = spark_submit(yarn, tmp_path, SMALL, [*TINY, "--epochs", 4, "--output", tmp_path / "run"])
     finally:
         hadoop.start_node(yarn.cluster.folder, killer.killed)
-    assert run.finished.returncode == 0, run.finished.stderr
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     assert losses(tmp_path / "run").shape == (4, 2)
     assert np.isfinite(losses(tmp_path / "run")).all()
