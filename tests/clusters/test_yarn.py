@@ -98,7 +98,9 @@ def run_command(command: list[Any], folder: Path) -> subprocess.CompletedProcess
     return finished
 
 
-def spark_submit(yarn: Yarn, folder: Path, words: list[Any], options: list[Any]) -> subprocess.CompletedProcess:
+def spark_submit(
+    yarn: Yarn, folder: Path, words: list[Any], options: list[Any]
+) -> subprocess.CompletedProcess:
     """Run the script, as it lies with its credentials alone in `folder`, on the cluster's master."""
     shutil.copy(ROOT / "xray_elephas.py", folder)
     shutil.copy(yarn.credentials, folder / "credentials.yml")

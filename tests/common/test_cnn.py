@@ -216,7 +216,9 @@ UNFIT: dict[str, Callable[[Any], dict[str, Any]]] = {
     "an activation": lambda k: {"conv": k.Conv2D(4, 3, activation="relu", use_bias=False, name="odd")},
     "a bias ": lambda k: {"conv": k.DepthwiseConv2D(3, name="odd")},
     "dilation ": lambda k: {"conv": k.DepthwiseConv2D(3, dilation_rate=2, use_bias=False, name="odd")},
-    "channels first": lambda k: {"conv": k.Conv2D(4, 3, data_format="channels_first", use_bias=False, name="odd")},
+    "channels first": lambda k: {
+        "conv": k.Conv2D(4, 3, data_format="channels_first", use_bias=False, name="odd")
+    },
     "an output that others than its normalisation get": lambda k: {
         "conv": k.Conv2D(4, 3, use_bias=False, name="odd"),
         "second": True,
@@ -280,7 +282,9 @@ def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_another_backbone_without_biases_is_computed_as_keras_does(keras: Any, frozen: bool) -> None:
-    backbone = keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(64, 64, 3), pooling="avg")
+    backbone = keras.applications.MobileNetV2(
+        weights=None, include_top=False, input_shape=(64, 64, 3), pooling="avg"
+    )
     norms = [layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
     images = np.random.default_rng(0).uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32)
     for layer in norms:

@@ -122,7 +122,10 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 FOREIGN = {
     "EPS": EPS,
     "EPS by Pillow": encode(PICTURE, "EPS"),
-    **{form: encode(PICTURE, form) for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "TGA", "JPEG2000", "PDF", "ICO")},
+    **{
+        form: encode(PICTURE, form)
+        for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "TGA", "JPEG2000", "PDF", "ICO")
+    },
 }
 
 

@@ -167,7 +167,9 @@ def fetched_copy(client: Any, prefix: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "moment", [pytest.param(n, marks=[] if n == 9 else pytest.mark.slow) for n in CHANGES], ids="change {}".format
+    "moment",
+    [pytest.param(n, marks=[] if n == 9 else pytest.mark.slow) for n in CHANGES],
+    ids="change {}".format,
 )
 def test_a_run_killed_at_an_upload_ends_on_another_machine(
     unbroken: Unbroken, runs_bucket: Any, tmp_path: Path, moment: int
@@ -212,7 +214,15 @@ def test_s3_that_refuses_from_the_first_epoch_on(
         proxy.choose = lambda method, path: "expired" if "checkpoint" in path else ""
         through = edited(credentials, tmp_path, endpoint_url=proxy.url)
         output = f"s3://{RUNS}/refused"
-        options = [*unbroken.options, "--credentials", through, "--output", output, "--cache", tmp_path / "cache"]
+        options = [
+            *unbroken.options,
+            "--credentials",
+            through,
+            "--output",
+            output,
+            "--cache",
+            tmp_path / "cache",
+        ]
         ended = victim.run(options, tmp_path / "screen", folder=tmp_path)
         assert ended.code == 3
         warning, error = (line for line in ended.stderr.splitlines() if "session token" in line)
@@ -230,7 +240,9 @@ def test_s3_that_refuses_from_the_first_epoch_on(
         proxy.choose = lambda method, path: ""
         again = victim.run([*options, "--resume"], tmp_path / "again", folder=tmp_path)
         assert again.code == 0, again.stderr
-    assert ".taken" not in {path.name for path in fetched_copy(runs_bucket, "refused", tmp_path / "copy").iterdir()}
+    assert ".taken" not in {
+        path.name for path in fetched_copy(runs_bucket, "refused", tmp_path / "copy").iterdir()
+    }
 
 
 @pytest.mark.slow
