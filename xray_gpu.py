@@ -1624,8 +1624,11 @@ class KerasTrainer:
 
     def predict(self, split: str) -> np.ndarray:
         """Probabilities (n, 15) of the images of a split, in the order of the table."""
-        data = batches(self._pixels, self._labels, self._rows[split], self._batch_size)
-        return self.model.predict(data, verbose=0)
+        rows = self._rows[split]
+        # As in training, each replica needs an image of the last batch: the last one is repeated.
+        whole = np.pad(rows, (0, -len(rows) % self._replicas), mode="edge")
+        data = batches(self._pixels, self._labels, whole, self._batch_size)
+        return self.model.predict(data, verbose=0)[: len(rows)]
 
 
 # ---- common to the scripts of one machine: end ----

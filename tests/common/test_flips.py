@@ -81,8 +81,8 @@ class TestBatches:
             def fit(self, data: Any, **how: Any) -> Any:
                 return type("History", (), {"history": {"loss": [1.0]}})
 
-            def predict(self, data: Any, verbose: int) -> None:
-                return None
+            def predict(self, data: Any, verbose: int) -> list:
+                return []
 
         arguments = parse("--flip", "--batch-size", 4)
         trainer = xray.KerasTrainer(Model(), pixels, table, arguments)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
-from helpers import QUICK, ROOT, parse, run_process
+from helpers import QUICK, ROOT, parse, result_of, run_process
 
 import xray_gpu
 
@@ -124,6 +127,45 @@ def test_the_whole_script_on_two_devices_in_mixed_precision(credentials: Path, t
     assert "17/17" in finished.stdout
     resumed = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--resume"], cwd=tmp_path)
     assert json.loads(resumed.stdout.splitlines()[-1])["auroc"] == result["auroc"], resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Path) -> None:
+    """271 images are 3 steps of twice 45, and one image: alone, it would leave a replica with nan for statistics.
+
+    So are the 91 of the test split one step and one image.
+    """
+    options = ["--credentials", credentials, *QUICK, "--batch-size", 45, "--epochs", 1, "--output", "run"]
+    finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path)
+    result = result_of(finished)
+    assert result["images"]["train"] == 271
+    (row,) = pd.read_csv(tmp_path / "run" / "history.csv").to_dict("records")
+    assert all(math.isfinite(value) for value in row.values())
+    assert result["train"]["validation_auroc"]["best"] == row["validation_auroc"]
+    with h5py.File(tmp_path / "run" / "checkpoint-1.weights.h5") as file:
+        file.visititems(lambda name, item: check_finite(name, item) if hasattr(item, "shape") else None)
+
+
+def check_finite(name: str, weights: Any) -> None:
+    assert np.isfinite(weights[()]).all(), name
+
+
+@pytest.mark.slow
+def test_resume_on_other_devices_is_refused(credentials: Path, tmp_path: Path) -> None:
+    options = ["--credentials", credentials, *QUICK, "--limit", 150, "--epochs", 1, "--output", "run"]
+    command = [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options]
+    result_of(run_process([*command, "--precision", "float32"], cwd=tmp_path))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    config = json.loads(before["config.json"])
+    assert config["target"] == {"precision": "float32", "replicas": 2}
+    for word, program, changed in [
+        ("precision", ON_TWO_CPUS, ["--precision", "mixed_float16"]),
+        ("replicas", ON_TWO_CPUS.replace('"replicas": 2', '"replicas": 1'), ["--precision", "float32"]),
+    ]:
+        again = run_process([sys.executable, "-c", program, ROOT, *options, "--resume", *changed], cwd=tmp_path)
+        assert again.code == 2, again.stderr
+        assert f"the run in run had --{word} {config['target'][word]}" in again.stderr.splitlines()[-1]
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 @pytest.fixture
