@@ -136,7 +136,9 @@ def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Pat
     So are the 91 of the test split one step and one image.
     """
     options = ["--credentials", credentials, *QUICK, "--batch-size", 45, "--epochs", 1, "--output", "run"]
-    finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path)
+    finished = run_process(
+        [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path
+    )
     result = result_of(finished)
     assert result["images"]["train"] == 271
     (row,) = pd.read_csv(tmp_path / "run" / "history.csv").to_dict("records")
@@ -162,7 +164,9 @@ def test_resume_on_other_devices_is_refused(credentials: Path, tmp_path: Path) -
         ("precision", ON_TWO_CPUS, ["--precision", "mixed_float16"]),
         ("replicas", ON_TWO_CPUS.replace('"replicas": 2', '"replicas": 1'), ["--precision", "float32"]),
     ]:
-        again = run_process([sys.executable, "-c", program, ROOT, *options, "--resume", *changed], cwd=tmp_path)
+        again = run_process(
+            [sys.executable, "-c", program, ROOT, *options, "--resume", *changed], cwd=tmp_path
+        )
         assert again.code == 2, again.stderr
         assert f"the run in run had --{word} {config['target'][word]}" in again.stderr.splitlines()[-1]
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
