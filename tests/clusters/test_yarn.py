@@ -318,14 +318,35 @@ class Killer(threading.Thread):
         hadoop.kill_node(self.killed)
 
 
-def test_a_lost_node_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
-    """Its executor comes back on the other node, and the epoch is trained again."""
-    killer = Killer(yarn, tmp_path / "run" / "history.csv")  # written after the first epoch
+def bring_back(yarn: Yarn, node: str) -> None:
+    hadoop.start_node(yarn.cluster.folder, node)
+    deadline = time.monotonic() + 120
+    while hadoop.active_nodes() < len(yarn.cluster.nodes):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
+def lose_a_node(yarn: Yarn, folder: Path, cache: str) -> subprocess.CompletedProcess:
+    """A run of four epochs, in the second of which the node dies that the application master is not on."""
+    killer = Killer(yarn, folder / "run" / "history.csv")  # written after the first epoch
     killer.start()
     try:
-        finished = spark_submit(yarn, tmp_path, SMALL, [*TINY, "--epochs", 4, "--output", tmp_path / "run"])
+        return spark_submit(yarn, folder, SMALL, [*TINY, "--epochs", 4, "--output", folder / "run", "--cache", cache])
     finally:
-        hadoop.start_node(yarn.cluster.folder, killer.killed)
+        if killer.killed:
+            bring_back(yarn, killer.killed)
+
+
+def test_a_lost_node_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
+    """What its executor held is made anew from the cache, which here lies in a folder that the hosts share."""
+    finished = lose_a_node(yarn, tmp_path, f"file://{tmp_path}/cache")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert losses(tmp_path / "run").shape == (4, 2)
     assert np.isfinite(losses(tmp_path / "run")).all()
+
+
+@pytest.mark.xfail(strict=True, reason="HDFS of two nodes keeps one copy, and the script does not ask for more")
+def test_a_lost_node_of_hdfs_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
+    """Its DataNode takes part of a cache on HDFS with it."""
+    finished = lose_a_node(yarn, tmp_path, "hdfs:///user/root/cache-of-a-lost-node")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
