@@ -295,6 +295,9 @@ def spark_error(error: Exception, mode: str) -> Exception:
         return UserError(
             "Java's heap is too small: give it more by --driver-memory and spark.executor.memory"
         )
+    if "BlockMissingException" in text:
+        # EMR's HDFS keeps one copy of a block on fewer than four core nodes.
+        return UserError("the cache lost pixels with a node of HDFS: run again with another --cache")
     if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
         other = "" if mode == SYNCHRONOUS else f", or use --mode {SYNCHRONOUS}"
         fix = f"give it more spark.executor.memoryOverhead or spark.executor.memory{other}"
