@@ -232,6 +232,7 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         "spark.python.worker.reuse": "true",  # a worker process keeps its model
         "spark.executor.memoryOverhead": f"{400 + slots * worker_megabytes(arguments, conf, slots)}m",
         "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch, for any number of workers
+        "spark.hadoop.dfs.replication": "2",  # EMR keeps one copy on few nodes: the cache would go with one
         "spark.executorEnv.KERAS_BACKEND": "tensorflow",
         "spark.executorEnv.TF_ENABLE_ONEDNN_OPTS": "1",
         "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": "3",
@@ -296,7 +297,6 @@ def spark_error(error: Exception, mode: str) -> Exception:
             "Java's heap is too small: give it more by --driver-memory and spark.executor.memory"
         )
     if "BlockMissingException" in text:
-        # EMR's HDFS keeps one copy of a block on fewer than four core nodes.
         return UserError("the cache lost pixels with a node of HDFS: run again with another --cache")
     if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
         other = "" if mode == SYNCHRONOUS else f", or use --mode {SYNCHRONOUS}"

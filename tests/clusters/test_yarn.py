@@ -347,9 +347,6 @@ def test_a_lost_node_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
     assert np.isfinite(losses(tmp_path / "run")).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="HDFS of two nodes keeps one copy, and the script does not ask for more"
-)
 def test_a_lost_node_of_hdfs_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
     """Its DataNode takes part of a cache on HDFS with it."""
     finished = lose_a_node(yarn, tmp_path, "hdfs:///user/root/cache-of-a-lost-node")
