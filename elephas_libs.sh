@@ -20,9 +20,10 @@ fail() {
 }
 
 # The versions: requirements.txt's where it is beside this script, else the same lines from here (a test compares).
+# tqdm is for the two other scripts.
 versions() {
     if [[ -f $home/requirements.txt ]]; then
-        grep -Ev '^ *(#|$)' "$home/requirements.txt"
+        grep -Ev '^ *(#|$|tqdm==)' "$home/requirements.txt"
     else
         cat <<'END'
 tensorflow==2.19.1
@@ -36,7 +37,6 @@ pillow==11.3.0 ; python_version < "3.10"
 pillow==12.3.0 ; python_version >= "3.10"
 boto3==1.42.97
 pyyaml==6.0.3
-tqdm==4.67.1
 matplotlib==3.9.4
 elephas==7.3.0
 h5py==3.11.0
@@ -68,7 +68,7 @@ in_venv=$("$python" -c 'import sys; print(sys.prefix != sys.base_prefix)')
 
 if ! "$python" -m pip --version >/dev/null 2>&1; then
     if command -v dnf >/dev/null; then
-        as_root dnf install -y python3-pip
+        as_root dnf install -y "${python##*/}-pip" # Amazon Linux 2023 has a python3.11-pip beside python3.11
     elif command -v apt-get >/dev/null; then
         as_root apt-get install -y python3-pip
     fi
@@ -90,7 +90,8 @@ elephas=$(versions | grep '^elephas==')
 # By variables, which old versions of pip ignore: Debian's Python wants the first, and keeps what is its own.
 pip=(env PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
     "$python" -m pip install --disable-pip-version-check --no-cache-dir --quiet)
-as_root "${pip[@]}" -r "$list"
+# pip does not replace what the system's packages brought ("Cannot uninstall …, RECORD file not found"): then beside it.
+as_root "${pip[@]}" -r "$list" || as_root "${pip[@]}" --ignore-installed -r "$list"
 as_root "${pip[@]}" --no-deps "$elephas"
 
 # TensorFlow's import prints much of no use: it is shown where something is wrong.
@@ -99,7 +100,7 @@ import glob, importlib, importlib.metadata, importlib.util, sys
 
 spark = sys.argv[1]
 sys.path += [f"{spark}/python", *glob.glob(f"{spark}/python/lib/py4j-*.zip")]
-for name in ("boto3", "flask", "h5py", "keras", "matplotlib", "pandas", "PIL", "scipy", "sklearn", "tqdm", "yaml"):
+for name in ("boto3", "flask", "h5py", "keras", "matplotlib", "pandas", "PIL", "scipy", "sklearn", "yaml"):
     importlib.import_module(name)
 if importlib.util.find_spec("pyspark"):
     import elephas.spark_model

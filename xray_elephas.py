@@ -250,9 +250,15 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
     return settings
 
 
+def count_executors(conf: SparkConf) -> int:
+    """The executors that are asked for; without a number YARN gives two."""
+    default = "2" if conf.get("spark.master", "local").startswith("yarn") else "1"
+    return int(conf.get("spark.executor.instances", default))
+
+
 def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int) -> int:
     """The memory of a worker's Python process, in MB."""
-    executors = int(conf.get("spark.executor.instances", "1"))
+    executors = count_executors(conf)
     images = min(arguments.limit or NIH_IMAGES, NIH_IMAGES) / (arguments.workers or executors * slots)
     return WORKER_MB + int(COPIES * images * arguments.image_size**2 / 10**6)
 
@@ -289,6 +295,9 @@ def spark_error(error: Exception, mode: str) -> Exception:
         return UserError(
             "Java's heap is too small: give it more by --driver-memory and spark.executor.memory"
         )
+    if "BlockMissingException" in text:
+        # EMR's HDFS keeps one copy of a block on fewer than four core nodes.
+        return UserError("the cache lost pixels with a node of HDFS: run again with another --cache")
     if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
         other = "" if mode == SYNCHRONOUS else f", or use --mode {SYNCHRONOUS}"
         fix = f"give it more spark.executor.memoryOverhead or spark.executor.memory{other}"
@@ -308,7 +317,7 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
     """
     scheduler = context._jsc.sc()
     profile = scheduler.resourceProfileManager().defaultResourceProfile()
-    wanted = int(context.getConf().get("spark.executor.instances", "1"))
+    wanted = count_executors(context.getConf())
     slots = 0
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
@@ -692,7 +701,7 @@ def kept_model(job: Job) -> Any:
     here.
     """
     # What Spark sends has fresh globals in every task, but a module that is imported stays.
-    kept = sys.modules.setdefault("xray_kept", types.ModuleType("xray_kept"))
+    kept: Any = sys.modules.setdefault("xray_kept", types.ModuleType("xray_kept"))
     if not hasattr(kept, "model"):
         tf = import_tensorflow()
         tf.config.threading.set_intra_op_parallelism_threads(job.cores)

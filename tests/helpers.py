@@ -29,7 +29,18 @@ SCRIPT = ROOT / "xray_tensorflow.py"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SECRETS = {"aws_secret_key_id": "Tru5tNo0neWithThis", "aws_session_token": "T0kenToKeepToOneself"}
 # A run of the whole sample in seconds, most of which TensorFlow takes to start and to trace its graph.
-QUICK = ["--weights", "none", "--image-size", "32", "--epochs", "3", "--batch-size", "8", "--learning-rate", "1e-3"]
+QUICK = [
+    "--weights",
+    "none",
+    "--image-size",
+    "32",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "8",
+    "--learning-rate",
+    "1e-3",
+]
 
 
 def parse(*options: Any) -> argparse.Namespace:
@@ -47,7 +58,9 @@ def write_yaml(path: Path, content: Any) -> Path:
 def edited(path: Path, folder: Path, **changes: str | None) -> Path:
     """A copy, in `folder`, of a credentials file with other values; None takes a name out."""
     content = {**yaml.safe_load(path.read_text()), **changes}
-    return write_yaml(folder / "edited.yml", {name: value for name, value in content.items() if value is not None})
+    return write_yaml(
+        folder / "edited.yml", {name: value for name, value in content.items() if value is not None}
+    )
 
 
 def client_of(credentials: Path) -> Any:
@@ -183,7 +196,9 @@ def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) 
 
 def error_line(finished: Finished) -> str:
     """The error of a submitted run that met something the user can fix: one line, no trace of Python or Java."""
-    shown = finished.stderr + finished.stdout  # spark-submit passes on as stdout what the script writes to stderr
+    shown = (
+        finished.stderr + finished.stdout
+    )  # spark-submit passes on as stdout what the script writes to stderr
     assert finished.code == 2, shown
     assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
     assert not secrets_in(shown.encode())

@@ -48,9 +48,22 @@ from PIL import Image
 
 BUCKET = "cs205-project-xray"
 LABELS = Path(__file__).with_name("sample_labels.csv")
-TRUNCATED = "00001704_000.png"  # a 'No Finding' of the training split for seed 0: its upload broke off half way
+TRUNCATED = (
+    "00001704_000.png"  # a 'No Finding' of the training split for seed 0: its upload broke off half way
+)
 # Enough for a test AUROC of about 0.9 after a minute of training on one core.
-DEFAULTS = ["--weights", "none", "--image-size", "64", "--epochs", "12", "--batch-size", "8", "--learning-rate", "1e-3"]
+DEFAULTS = [
+    "--weights",
+    "none",
+    "--image-size",
+    "64",
+    "--epochs",
+    "12",
+    "--batch-size",
+    "8",
+    "--learning-rate",
+    "1e-3",
+]
 GRID = 320  # side in pixels of the square the anatomy is drawn on, before it is enlarged to the film
 
 
@@ -126,7 +139,9 @@ def draw_body(chest: Chest, tissue: float, air: np.ndarray) -> None:
     out = np.where(chest.x < chest.centre, chest.u[0], chest.u[1])
     ribs = np.clip(np.cos(2 * np.pi * (8 * chest.v - 0.8 * (out + 0.3) ** 2)) - 0.4, 0, 1)
     cage = inside(np.abs(out) - 1.1, 0.2) * inside(np.abs(chest.v - 0.45) - 0.5, 0.1)
-    collar = inside(np.abs(chest.y - 0.19 + 0.25 * aside) - 0.012, 0.015) * inside(np.abs(aside - 0.22) - 0.18, 0.03)
+    collar = inside(np.abs(chest.y - 0.19 + 0.25 * aside) - 0.012, 0.015) * inside(
+        np.abs(aside - 0.22) - 0.18, 0.03
+    )
     chest.film[:] += 20 * ribs * cage + 25 * collar
 
 
@@ -235,7 +250,9 @@ def pneumonia(chest: Chest, rng: np.random.Generator) -> None:
     lung = some_lungs(rng, both=0)[0]
     patch = np.hypot(chest.u[lung] / 1.1, (chest.v - rng.uniform(0.5, 0.58)) / 0.27) - 1
     fan = (chest.x + 0.012 * clouds(rng, 5)) / rng.uniform(0.065, 0.075)
-    blend(chest, chest.lung[lung] * inside(patch, 0.25), 140 + 80 * np.clip(2 * np.cos(2 * np.pi * fan), -1, 1))
+    blend(
+        chest, chest.lung[lung] * inside(patch, 0.25), 140 + 80 * np.clip(2 * np.cos(2 * np.pi * fan), -1, 1)
+    )
 
 
 def pneumothorax(chest: Chest, rng: np.random.Generator) -> None:
@@ -304,7 +321,9 @@ def read_rows(labels: Path = LABELS) -> list[tuple[str, list[str]]]:
 
 def serve_until(address: str, ours: Connection) -> None:
     """Serve, with the port sent to `ours`, until its other end is closed, as the kernel does for a killed process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the script, which may still fetch
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal's Ctrl-C is for the script, which may still fetch
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
     server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()
@@ -388,7 +407,9 @@ def main() -> int:
         return 2
     rows = read_rows()
     with serve() as endpoint, tempfile.TemporaryDirectory(prefix="sample_bucket_") as folder:
-        print(f"drawing {len(rows)} radiographs into s3://{BUCKET} at {endpoint}", file=sys.stderr, flush=True)
+        print(
+            f"drawing {len(rows)} radiographs into s3://{BUCKET} at {endpoint}", file=sys.stderr, flush=True
+        )
         fill_bucket(connect(endpoint), BUCKET, rows)
         credentials = str(write_credentials(Path(folder), endpoint))
         # A cache of its own: these films bear the names of real ones, whose pixels they must not replace in cache/.

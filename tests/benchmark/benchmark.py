@@ -73,7 +73,11 @@ def goal(reached: float, wanted: float) -> str:
 def table(head: str, rows: list[tuple]) -> str:
     """A Markdown table; `head` holds the columns between bars."""
     columns = head.count("|") + 1
-    lines = [f"| {head} |", "|---" * columns + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+    lines = [
+        f"| {head} |",
+        "|---" * columns + "|",
+        *("| " + " | ".join(map(str, row)) + " |" for row in rows),
+    ]
     return "\n".join(lines)
 
 
@@ -84,8 +88,9 @@ def machine() -> str:
     names = ["tensorflow", "keras", "torch", "pillow", "boto3", "pyspark", "elephas"]
     found = [f"{name} {version_of(name)}" for name in names]
     cores = f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else platform.processor()}"
-    return f"{time.strftime('%Y-%m-%d')}; {cores}, {memory:.0f} GiB; Python {platform.python_version()}, " + ", ".join(
-        found
+    return (
+        f"{time.strftime('%Y-%m-%d')}; {cores}, {memory:.0f} GiB; Python {platform.python_version()}, "
+        + ", ".join(found)
     )
 
 
@@ -133,7 +138,10 @@ def steps() -> str:
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "One thread, from scratch": ["none", 1],
-            "One thread, statistics of pretrained weights frozen (what `--weights imagenet` trains)": ["frozen", 1],
+            "One thread, statistics of pretrained weights frozen (what `--weights imagenet` trains)": [
+                "frozen",
+                1,
+            ],
         }
         for title, (weights, threads) in settings.items():
             if weights != "none":
@@ -173,7 +181,9 @@ def save_weights(folder: str) -> str:
     """A file of weights for the CNN, made in a process of its own: which ones does not change the speed."""
     path = f"{folder}/mobilenet.weights.h5"
     code = "import sys, keras; m = keras.applications.MobileNet((128, 128, 3), include_top=False, weights=None); "
-    subprocess.run([sys.executable, "-c", code + "m.save_weights(sys.argv[1])", path], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code + "m.save_weights(sys.argv[1])", path], check=True, capture_output=True
+    )
     return path
 
 
@@ -217,7 +227,9 @@ def pixels() -> str:
         # On more images, as most of what it takes for few is to connect and list.
         cached = peers.measure_in_turns([peers.our_cached_start], arguments, 4000, 5)["our_cached_start"]
         both = [peers.training_from_the_bucket, peers.our_training]
-        epochs = peers.measure_in_turns(both, argparse.Namespace(**{**vars(arguments), "epochs": 1000}), 192, 3)
+        epochs = peers.measure_in_turns(
+            both, argparse.Namespace(**{**vars(arguments), "epochs": 1000}), 192, 3
+        )
     bare, ours = (speeds[peer.__name__] for peer in chosen)
     naive, training = (epochs[peer.__name__] for peer in both)
     rows = [
@@ -289,14 +301,20 @@ def scripts() -> str:
         )
     ]
     arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=2)
-    for name, speed in peers.measure_in_turns([getattr(peers, name) for name in TRAINERS], arguments, 128, 2).items():
+    for name, speed in peers.measure_in_turns(
+        [getattr(peers, name) for name in TRAINERS], arguments, 128, 2
+    ).items():
         times = ratio([speed_of(two)], speed)
         against = goal(times, 1.1) if name == "pytorch" else f"{times:.2f}"
         what = f"the same against {TRAINERS[name]} with two threads"
         rows.append((what, figures(speed), figures([speed_of(two)]), against))
     seconds = [seconds_of(run) for run in (one, two)]
     rows.append(
-        ("whole run of 3 epochs, seconds", *(f"{each:.0f}" for each in seconds), f"{seconds[0] / seconds[1]:.2f}")
+        (
+            "whole run of 3 epochs, seconds",
+            *(f"{each:.0f}" for each in seconds),
+            f"{seconds[0] / seconds[1]:.2f}",
+        )
     )
     memory = [
         (f"{count:,} images", *(f"{run['peak_memory_mb']['driver']:,}" for run in pair.values()), f"{java:,}")
@@ -304,7 +322,9 @@ def scripts() -> str:
         for java in [pair["xray_elephas.py"]["jvm_mb"]]
     ]
     training = one["images"]["train"]
-    head = f"6,000 images of 1024 pixels, {training:,} to train on | one process | xray_elephas.py, two workers"
+    head = (
+        f"6,000 images of 1024 pixels, {training:,} to train on | one process | xray_elephas.py, two workers"
+    )
     tall = "peak memory, MB | xray_tensorflow.py | driver of xray_elephas.py, Python | the same, Java"
     return f"{table(head + ' | ratio', rows)}\n\n{table(tall, memory)}"
 
@@ -334,7 +354,9 @@ def learning() -> str:
             spent = history[["seconds", "validation_seconds"]].sum(axis=1).cumsum()
             reached = (there[0], f"{spent[there[0]]:.0f}") if len(there) else ("not reached", "")
             best, test = history["validation_auroc"].max(), result["auroc"]["mean"]
-            rows.append((f"{script} {mode or ''}", *reached, f"{best:.3f}", f"{test:.3f} after {len(history)}"))
+            rows.append(
+                (f"{script} {mode or ''}", *reached, f"{best:.3f}", f"{test:.3f} after {len(history)}")
+            )
     head = "the sample, 64 pixels | epochs to 0.80 | seconds to 0.80 | best validation AUROC | test AUROC after epochs"
     return table(head, rows)
 
@@ -374,7 +396,9 @@ def growth() -> str:
             overhead[workers] = steady(result) - busy
     lines = [line(step), line(ingest), line(overhead)]
     parts = [
-        growth_table("thousand pixels an image", "milliseconds of training an image, one core", step, lines[0]),
+        growth_table(
+            "thousand pixels an image", "milliseconds of training an image, one core", step, lines[0]
+        ),
         growth_table("thousand images", "seconds of ingest, one core, 50 ms a GET", ingest, lines[1]),
         growth_table("workers", "seconds of an epoch beyond training", overhead, lines[2]),
         table("images of 128 pixels | peak memory of xray_tensorflow.py, MB | 1.2 x pixels + 2 GB", memory),
@@ -400,7 +424,9 @@ def growth_table(what: str, cost: str, points: dict[float, float], fitted: tuple
     return table(f"{what} | {cost} | line fitted: {constant:.2f} + {slope:.3f} each", rows)
 
 
-def extrapolated(step: tuple[float, float], ingest: tuple[float, float], overhead: tuple[float, float]) -> str:
+def extrapolated(
+    step: tuple[float, float], ingest: tuple[float, float], overhead: tuple[float, float]
+) -> str:
     """Hours for all of ChestX-ray14 at 128 pixels on cores like these, by the fitted lines."""
     images, training = 112_120, 0.7 * 112_120
     image = (step[0] * 128**2 / 1000 + step[1]) / 1000  # seconds
@@ -409,7 +435,9 @@ def extrapolated(step: tuple[float, float], ingest: tuple[float, float], overhea
         beyond = overhead[0] * workers + overhead[1] if name == "xray_elephas.py" else 0
         epoch = training * image / workers + beyond
         hours = [reading / workers / 3600, epoch / 3600, (reading / workers + 5 * epoch) / 3600]
-        rows.append((f"{name}, {workers} {'core' if workers == 1 else 'workers'}", *(f"{hour:.2f}" for hour in hours)))
+        rows.append(
+            (f"{name}, {workers} {'core' if workers == 1 else 'workers'}", *(f"{hour:.2f}" for hour in hours))
+        )
     head = "EXTRAPOLATED to 112,120 images | hours of ingest | hours an epoch | hours of ingest and 5 epochs"
     return table(head, rows)
 
@@ -440,7 +468,9 @@ GROUPS = {group.__name__: group for group in (steps, cores, pixels, scripts, lea
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="what to measure [all]")
     for group in parser.parse_args().groups or GROUPS:
         publish(group, GROUPS[group]())

@@ -26,7 +26,9 @@ LABELS = 15
 def made_up(arguments: Namespace, images: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels uint8 (images, size, size) and labels float32 (images, 15): what they show does not change the speed."""
     random, size = np.random.default_rng(0), arguments.image_size
-    return random.integers(0, 256, (images, size, size), np.uint8), random.random((images, LABELS), np.float32).round()
+    return random.integers(0, 256, (images, size, size), np.uint8), random.random(
+        (images, LABELS), np.float32
+    ).round()
 
 
 def our_training(arguments: Namespace, images: int) -> Callable[[], Any]:
@@ -95,7 +97,9 @@ def pytorch_mobilenet() -> Any:
     for number, (channels, wider) in enumerate(zip(wide, wide[1:])):
         layers += block(channels, channels, stride=2 if number in (1, 3, 5, 11) else 1, groups=channels)
         layers += block(channels, wider, kernel=1)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1024, LABELS))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1024, LABELS)
+    )
 
 
 def pytorch(arguments: Namespace, images: int, channels_last: bool = False) -> Callable[[], Any]:
@@ -111,7 +115,9 @@ def pytorch(arguments: Namespace, images: int, channels_last: bool = False) -> C
         for layer in model:
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.eval().requires_grad_(False)
-    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], 1e-4, eps=1e-7)
+    optimizer = torch.optim.Adam(
+        [weight for weight in model.parameters() if weight.requires_grad], 1e-4, eps=1e-7
+    )
 
     def epoch() -> None:
         for rows in torch.randperm(images).split(arguments.batch_size):
@@ -157,7 +163,9 @@ def read_pixels(arguments: Namespace, images: int) -> None:
 def bucket_table(arguments: Namespace) -> Any:
     import xray_tensorflow as xray
 
-    return xray.select_images(xray.connect(xray.read_credentials(arguments.credentials), arguments.bucket), arguments)
+    return xray.select_images(
+        xray.connect(xray.read_credentials(arguments.credentials), arguments.bucket), arguments
+    )
 
 
 def bare_decoding(arguments: Namespace, images: int) -> Callable[[], Any]:
@@ -198,7 +206,9 @@ def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], 
 
     def epoch() -> None:
         for rows in np.array_split(np.arange(images), max(1, images // arguments.batch_size)):
-            model.train_on_batch(np.stack([pixels_of(key) for key in names[rows]])[..., np.newaxis], truth[rows])
+            model.train_on_batch(
+                np.stack([pixels_of(key) for key in names[rows]])[..., np.newaxis], truth[rows]
+            )
 
     return epoch
 
@@ -228,7 +238,9 @@ def step_parts(arguments: Namespace, images: int) -> dict[str, float]:
             if part == PARTS[0]:
                 flops += 6e-9 * np.prod(layer.output.shape[1:]) * layer.input.shape[-1] * arguments.batch_size
         if isinstance(layer, keras.layers.Conv2D) and part == PARTS[1]:
-            flops += 4e-9 * np.prod(layer.output.shape[1:]) * 27 * arguments.batch_size  # no gradient of the input
+            flops += (
+                4e-9 * np.prod(layer.output.shape[1:]) * 27 * arguments.batch_size
+            )  # no gradient of the input
     large = tf.random.normal((2048, 2048))
     product = tf.function(lambda: tf.matmul(large, large))
     parts["GFLOP/s of a large matrix product"] = 2 * 2.048**3 / milliseconds(product) * 1000
@@ -238,7 +250,12 @@ def step_parts(arguments: Namespace, images: int) -> dict[str, float]:
     return parts
 
 
-PARTS = ["1x1 convolutions (matrix products)", "first convolution", "depthwise convolutions", "batch normalisation"]
+PARTS = [
+    "1x1 convolutions (matrix products)",
+    "first convolution",
+    "depthwise convolutions",
+    "batch normalisation",
+]
 PARTS += ["padding and ReLU6"]
 
 
@@ -335,7 +352,9 @@ def hold(threads: int) -> None:
     xray.hold_to_cores(threads)
 
 
-def measure_in_turns(peers: list[Callable], arguments: Namespace, images: int, rounds: int) -> dict[str, list[float]]:
+def measure_in_turns(
+    peers: list[Callable], arguments: Namespace, images: int, rounds: int
+) -> dict[str, list[float]]:
     """Images a second of each peer in each round."""
     speeds: dict[str, list[float]] = {}
     with started(peers, arguments, images) as pipes:
@@ -347,7 +366,9 @@ def measure_in_turns(peers: list[Callable], arguments: Namespace, images: int, r
     return speeds
 
 
-def measure_together(peer: Callable, arguments: Namespace, images: int, rounds: int, count: int) -> list[float]:
+def measure_together(
+    peer: Callable, arguments: Namespace, images: int, rounds: int, count: int
+) -> list[float]:
     """Images a second of `count` processes of `peer` together, at once, each on a core of its own."""
     cores, speeds = os.sched_getaffinity(0), []
     with ExitStack() as stack:

@@ -39,7 +39,18 @@ def client(credentials: Path) -> Any:
 
 def ingest(client: Any, cache: Path, *options: Any) -> tuple[dict[str, np.ndarray], int]:
     """The pixels of each image, and how many came from the cache."""
-    words = ["--bucket", "small", "--image-size", 32, "--batch-size", 1, "--max-skipped", 0.1, "--cache", cache]
+    words = [
+        "--bucket",
+        "small",
+        "--image-size",
+        32,
+        "--batch-size",
+        1,
+        "--max-skipped",
+        0.1,
+        "--cache",
+        cache,
+    ]
     arguments = parse(*words, *options)
     table = xray.select_images(client, arguments)
     pixels, skipped, cached = xray.ingest(client, arguments, table)
@@ -53,7 +64,10 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 def stored(cache: Path) -> int:
     """How many images the cache has."""
     file = cache / "pixels.sqlite"
-    with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(file, timeout=9)) as open_:
+    with (
+        contextlib.suppress(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(file, timeout=9)) as open_,
+    ):
         return open_.execute("SELECT count(*) FROM pixels").fetchone()[0]
     return 0
 
@@ -161,7 +175,9 @@ def test_no_damage_gives_wrong_pixels(client: Any, tmp_path: Path) -> None:
     kept = []
     for turn in range(12):
         bad = bytearray(whole)
-        start = random.integers(100, len(whole))  # SQLite's words for a damaged header are an error line, as they came
+        start = random.integers(
+            100, len(whole)
+        )  # SQLite's words for a damaged header are an error line, as they came
         bad[start : start + 40] = random.bytes(len(bad[start : start + 40]))
         (tmp_path / "pixels.sqlite").write_bytes(bad if turn % 3 else bad[:start])
         pixels, cached = ingest(client, tmp_path)
@@ -185,7 +201,9 @@ def test_a_database_of_others_is_one_line_and_stays(
         assert [row[0] for row in open_.execute("SELECT name FROM sqlite_master")] == ["pixels"]
 
 
-def test_a_killed_process_loses_nothing_that_it_had_stored(credentials: Path, client: Any, tmp_path: Path) -> None:
+def test_a_killed_process_loses_nothing_that_it_had_stored(
+    credentials: Path, client: Any, tmp_path: Path
+) -> None:
     seen = []
 
     def enough() -> bool:
@@ -205,7 +223,9 @@ def test_a_killed_process_loses_nothing_that_it_had_stored(credentials: Path, cl
 def test_two_processes_at_once_share_a_new_cache(credentials: Path, client: Any, tmp_path: Path) -> None:
     options = ["--credentials", credentials, "--image-size", 32, "--cache", tmp_path]
     command = [str(word) for word in [sys.executable, "-c", PROGRAM, *options]]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     ends = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     together, cached = ingest(client, tmp_path, "--bucket", BUCKET)

@@ -88,4 +88,6 @@ def test_a_run_gives_the_metrics_of_the_run_against_moto(ceph: Path, run: Any, t
     result = json.loads(finished.stdout.splitlines()[-1])
     for name in ("images", "auroc", "thresholds"):
         assert result[name] == run.result[name]
-    assert (tmp_path / "output" / "predictions.csv").read_bytes() == (run.folder / "predictions.csv").read_bytes()
+    assert (tmp_path / "output" / "predictions.csv").read_bytes() == (
+        run.folder / "predictions.csv"
+    ).read_bytes()

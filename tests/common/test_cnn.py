@@ -89,7 +89,9 @@ def layers(model: Any) -> Iterator[Any]:
 
 def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.ndarray) -> None:
     model = xray.build_cnn(options(), truth)
-    momenta = {layer.momentum for layer in layers(model) if isinstance(layer, keras.layers.BatchNormalization)}
+    momenta = {
+        layer.momentum for layer in layers(model) if isinstance(layer, keras.layers.BatchNormalization)
+    }
     assert max(momenta) <= 0.9
     before = statistics(model)
     assert len(before) == 54
@@ -168,11 +170,15 @@ def refuse(weights: str, truth: np.ndarray) -> str:
 
 
 def test_imagenet_that_cannot_be_downloaded(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # where nobody listens, on a machine with a network too
+    monkeypatch.setenv(
+        "https_proxy", "http://127.0.0.1:1"
+    )  # where nobody listens, on a machine with a network too
     assert "imagenet" in refuse("imagenet", truth)
 
 
-@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning:keras")  # of the file of another CNN
+@pytest.mark.filterwarnings(
+    "ignore:Skipping nested container:UserWarning:keras"
+)  # of the file of another CNN
 def test_weights_that_are_none(truth: np.ndarray, tmp_path: Path, keras: Any) -> None:
     assert "absent.h5" in refuse(str(tmp_path / "absent.h5"), truth)
     for name in ("text.weights.h5", "text.h5", "text"):
@@ -210,7 +216,9 @@ UNFIT: dict[str, Callable[[Any], dict[str, Any]]] = {
     "an activation": lambda k: {"conv": k.Conv2D(4, 3, activation="relu", use_bias=False, name="odd")},
     "a bias ": lambda k: {"conv": k.DepthwiseConv2D(3, name="odd")},
     "dilation ": lambda k: {"conv": k.DepthwiseConv2D(3, dilation_rate=2, use_bias=False, name="odd")},
-    "channels first": lambda k: {"conv": k.Conv2D(4, 3, data_format="channels_first", use_bias=False, name="odd")},
+    "channels first": lambda k: {
+        "conv": k.Conv2D(4, 3, data_format="channels_first", use_bias=False, name="odd")
+    },
     "an output that others than its normalisation get": lambda k: {
         "conv": k.Conv2D(4, 3, use_bias=False, name="odd"),
         "second": True,
@@ -274,7 +282,9 @@ def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_another_backbone_without_biases_is_computed_as_keras_does(keras: Any, frozen: bool) -> None:
-    backbone = keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(64, 64, 3), pooling="avg")
+    backbone = keras.applications.MobileNetV2(
+        weights=None, include_top=False, input_shape=(64, 64, 3), pooling="avg"
+    )
     norms = [layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
     images = np.random.default_rng(0).uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32)
     for layer in norms:

@@ -96,7 +96,9 @@ def test_unknown_name_or_value_that_is_not_text(tmp_path: Path, change: dict) ->
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o604])
-def test_warns_of_a_file_that_others_can_read(tmp_path: Path, capsys: pytest.CaptureFixture, mode: int) -> None:
+def test_warns_of_a_file_that_others_can_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, mode: int
+) -> None:
     path = write_yaml(tmp_path / "c.yml", GOOD)
     path.chmod(mode)
     xray.read_credentials(str(path))
@@ -113,7 +115,11 @@ def test_a_token_that_no_header_can_hold_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, ending: str
 ) -> None:
     # Python's http.client quotes the header that it refuses, and the token stands in one.
-    bad = {**GOOD, "aws_session_token": SECRETS["aws_session_token"] + ending, "endpoint_url": "http://127.0.0.1:1"}
+    bad = {
+        **GOOD,
+        "aws_session_token": SECRETS["aws_session_token"] + ending,
+        "endpoint_url": "http://127.0.0.1:1",
+    }
     path = write_yaml(tmp_path / "bad.yml", bad)
     monkeypatch.setattr("sys.argv", ["xray_tensorflow.py"])
     code = xray.run_script(lambda: xray.select_images(client_of(path), parse()))

@@ -15,7 +15,10 @@ from sample_bucket import LABELS as SAMPLE
 import xray_tensorflow as xray
 
 SETTINGS = settings(
-    max_examples=200, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 ROWS = "".join(SAMPLE.read_text().splitlines(keepends=True)[:6]).encode()
 EXAMPLE = (ROOT / "credentials.example.yml").read_bytes()
@@ -29,11 +32,18 @@ def edited(draw: Any, data: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
         stop = draw(st.integers(start, min(start + 20, len(data))))
-        data = data[:start] + draw(st.sampled_from([b"", data[start:stop] * 2]) | st.binary(max_size=9)) + data[stop:]
+        data = (
+            data[:start]
+            + draw(st.sampled_from([b"", data[start:stop] * 2]) | st.binary(max_size=9))
+            + data[stop:]
+        )
     return data
 
 
-cell = st.sampled_from(["", "1", "00000001_000.png", "Mass", "Mass|Edema", "|", "No Finding", '"', "٣"]) | st.text()
+cell = (
+    st.sampled_from(["", "1", "00000001_000.png", "Mass", "Mass|Edema", "|", "No Finding", '"', "٣"])
+    | st.text()
+)
 table = st.lists(st.lists(cell, max_size=5).map(",".join), max_size=6).map("\n".join)
 HEAD = "Image Index,Finding Labels,Patient ID\n"
 
@@ -61,15 +71,21 @@ def test_parse_labels(data: bytes) -> None:
     assert (found[xray.LABELS].sum(axis=1) > 0).all()
 
 
-tag = st.sampled_from(["!!int", "!!float", "!!bool", "!!timestamp", "!!binary", "!!set", "!!omap", "!!merge", "&a *a"])
+tag = st.sampled_from(
+    ["!!int", "!!float", "!!bool", "!!timestamp", "!!binary", "!!set", "!!omap", "!!merge", "&a *a"]
+)
 value = st.none() | st.booleans() | st.integers() | st.floats() | st.dates() | st.text() | st.just(SECRET)
-tree = st.recursive(value, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from([*GOOD]), inner))
+tree = st.recursive(
+    value, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from([*GOOD]), inner)
+)
 files = st.one_of(
     st.binary(),
     edited(EXAMPLE),
     edited(yaml.safe_dump(GOOD).encode()),
     tree.map(lambda content: yaml.safe_dump(content).encode(errors="replace")),
-    st.builds("{} {}".format, tag, st.text() | st.just(SECRET)).map(lambda text: text.encode(errors="replace")),
+    st.builds("{} {}".format, tag, st.text() | st.just(SECRET)).map(
+        lambda text: text.encode(errors="replace")
+    ),
 )
 
 

@@ -18,7 +18,9 @@ from sample_bucket import TRUNCATED, draw_radiograph, read_rows
 
 import xray_tensorflow as xray
 
-pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # one image is such a bomb
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # one image is such a bomb
 
 
 def encode(image: Image.Image, form: str = "PNG") -> bytes:
@@ -27,14 +29,18 @@ def encode(image: Image.Image, form: str = "PNG") -> bytes:
     return data.getvalue()
 
 
-GREY = np.tile(np.repeat([[40, 200]], 32, axis=1), (64, 1)).astype(np.uint8)  # left half dark, right half bright
+GREY = np.tile(np.repeat([[40, 200]], 32, axis=1), (64, 1)).astype(
+    np.uint8
+)  # left half dark, right half bright
 PICTURE = Image.fromarray(GREY)
 RGBA = PICTURE.convert("RGBA")
 RGBA.putalpha(90)  # NIH's alpha channels carry nothing: the grey must not be mixed with a background
 PALETTE = Image.fromarray((GREY > 100).astype(np.uint8), "P")
 PALETTE.putpalette([40] * 3 + [200] * 3)
 MOVING = io.BytesIO()
-PICTURE.save(MOVING, "PNG", save_all=True, append_images=[PICTURE.point(lambda level: 255 - level)], duration=100)
+PICTURE.save(
+    MOVING, "PNG", save_all=True, append_images=[PICTURE.point(lambda level: 255 - level)], duration=100
+)
 READABLE = {
     "L": encode(PICTURE),
     "LA": encode(RGBA.convert("LA")),
@@ -92,7 +98,9 @@ def test_a_bit_flipped_anywhere_is_noticed() -> None:
     for place in range(8, len(WHOLE)):
         flipped = bytearray(WHOLE)
         flipped[place] ^= 1 << place % 8
-        with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error):  # what an unreadable file raises
+        with contextlib.suppress(
+            OSError, ValueError, SyntaxError, struct.error
+        ):  # what an unreadable file raises
             assert np.array_equal(xray.decode(bytes(flipped), 32), right), place
 
 
@@ -114,7 +122,10 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 FOREIGN = {
     "EPS": EPS,
     "EPS by Pillow": encode(PICTURE, "EPS"),
-    **{form: encode(PICTURE, form) for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "TGA", "JPEG2000", "PDF", "ICO")},
+    **{
+        form: encode(PICTURE, form)
+        for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "TGA", "JPEG2000", "PDF", "ICO")
+    },
 }
 
 
@@ -150,7 +161,18 @@ def odd(credentials: Path) -> dict[str, str]:
 
 def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict, tmp_path: Path) -> None:
     client = client_of(credentials)
-    options = ["--bucket", "odd", "--image-size", 32, "--batch-size", 8, "--cache", tmp_path, "--max-skipped", 0.2]
+    options = [
+        "--bucket",
+        "odd",
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+        "--cache",
+        tmp_path,
+        "--max-skipped",
+        0.2,
+    ]
     table = xray.select_images(client, parse(*options))
     pixels, skipped, cached = xray.ingest(client, parse(*options), table)
     assert {table["image"][row] for row in skipped} == set(odd)
@@ -159,19 +181,34 @@ def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict
     for row in set(range(60)) - set(skipped):
         assert np.array_equal(pixels[row], xray.decode(READABLE["LA"], 32))
     # They are asked for again by the next run: someone may have fixed them.
-    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[2] == 60 - len(UNREADABLE)
+    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[2] == 60 - len(
+        UNREADABLE
+    )
 
 
 def test_too_many_unreadable_images(credentials: Path, odd: dict, tmp_path: Path) -> None:
     client = client_of(credentials)
-    options = ["--bucket", "odd", "--image-size", 32, "--batch-size", 8, "--cache", tmp_path, "--max-skipped", 0.05]
+    options = [
+        "--bucket",
+        "odd",
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+        "--cache",
+        tmp_path,
+        "--max-skipped",
+        0.05,
+    ]
     with pytest.raises(xray.UserError, match="--max-skipped") as error:
         xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))
     assert any(name in str(error.value) for name in odd)
     assert "4 of 60" in str(error.value)
 
 
-def test_an_image_gone_between_listing_and_fetching_is_skipped(credentials: Path, odd: dict, tmp_path: Path) -> None:
+def test_an_image_gone_between_listing_and_fetching_is_skipped(
+    credentials: Path, odd: dict, tmp_path: Path
+) -> None:
     client = client_of(credentials)
     ((_, pixels, reason),) = xray.fetch_images(client, "odd", {0: "images/gone.png"}, 32)
     assert pixels is None

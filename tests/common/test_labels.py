@@ -79,7 +79,10 @@ def test_every_form_of_the_file_gives_the_same(form: str) -> None:
 
 GOOD = "00000001_000.png,Edema|Mass,1\n"
 WRONG = {
-    "unknown label": (HEAD + GOOD + "00000002_000.png,Mass|Oedema,2\n", ["row 3", "00000002_000.png", "'Oedema'"]),
+    "unknown label": (
+        HEAD + GOOD + "00000002_000.png,Mass|Oedema,2\n",
+        ["row 3", "00000002_000.png", "'Oedema'"],
+    ),
     "no label": (HEAD + GOOD + "00000002_000.png,,2\n", ["row 3", "00000002_000.png", "''"]),
     "label in the case of another": (HEAD + "00000002_000.png,mass,2\n", ["row 2", "'mass'"]),
     "doubled image": (HEAD + GOOD + "00000002_000.png,Mass,2\n" + GOOD, ["row 4", "00000001_000.png"]),

@@ -46,8 +46,13 @@ def test_auroc_of_as_many_rows_as_the_full_test_split() -> None:
 def test_the_bootstrap_draws_patients() -> None:
     # One patient has all positive images and one all negative: half of the draws of two have one class only.
     # Draws of images would never lack a class here.
-    truth, scores = np.repeat([[1.0] * 15, [0.0] * 15], 50, axis=0), np.random.default_rng(0).random((100, 15))
-    samples = xray.bootstrap_auroc(truth, scores, pd.Series(np.repeat(["a", "b"], 50), index=range(7, 107)), seed=0)
+    truth, scores = (
+        np.repeat([[1.0] * 15, [0.0] * 15], 50, axis=0),
+        np.random.default_rng(0).random((100, 15)),
+    )
+    samples = xray.bootstrap_auroc(
+        truth, scores, pd.Series(np.repeat(["a", "b"], 50), index=range(7, 107)), seed=0
+    )
     assert list(samples.columns) == xray.LABELS
     assert samples["Mass"].isna().mean() == pytest.approx(0.5, abs=0.06)
     assert samples["Mass"].dropna().to_numpy() == pytest.approx(xray.auroc(truth, scores)[9])
@@ -57,7 +62,11 @@ def test_the_bootstrap_interval(predictions: tuple) -> None:
     truth, scores = predictions
     every, pairs = pd.Series(np.arange(400)).astype(str), pd.Series(np.arange(400) // 8).astype(str)
     samples = xray.bootstrap_auroc(truth, scores, every, 0)
-    area, mean, spread = xray.auroc(truth, scores)[0], samples["Atelectasis"].mean(), samples["Atelectasis"].std()
+    area, mean, spread = (
+        xray.auroc(truth, scores)[0],
+        samples["Atelectasis"].mean(),
+        samples["Atelectasis"].std(),
+    )
     assert mean == pytest.approx(area, abs=0.01)
     # Hanley and McNeil's standard error of an area, for about 120 positive and 280 negative rows.
     positive, negative = truth[:, 0].sum(), (1 - truth[:, 0]).sum()

@@ -50,7 +50,9 @@ def test_prefix_with_and_without_slash(credentials: Path, prefix: str) -> None:
 
 def test_more_images_than_a_page_of_the_list(credentials: Path) -> None:
     names = [f"{patient:08}_000.png" for patient in range(1, 1102)]
-    make_bucket(credentials, "pages", label_file([(name, ["Mass"]) for name in names]), dict.fromkeys(names, b""))
+    make_bucket(
+        credentials, "pages", label_file([(name, ["Mass"]) for name in names]), dict.fromkeys(names, b"")
+    )
     assert list(xray.select_images(client_of(credentials), parse("--bucket", "pages"))["image"]) == names
 
 
@@ -117,7 +119,9 @@ CODES = {
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_error_codes(failing: tuple, code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_error_codes(
+    failing: tuple, code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     server, client = failing
     server.status, words = CODES[code]
     body = f"<Error><Code>{code}</Code><Message>S3's words,\nin two lines</Message><Region>eu-west-1</Region></Error>"

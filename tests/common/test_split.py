@@ -99,7 +99,10 @@ def test_test_list(client: object, capsys: pytest.CaptureFixture) -> None:
     shares = np.unique(table["split"][table["split"] != "test"], return_counts=True)[1]
     assert shares[0] / shares.sum() == pytest.approx(7 / 8, abs=0.06)
     by_patient(table)
-    assert f"{len(names) + 1} images are in test_list.txt, {len(names)} of them in both" in capsys.readouterr().out
+    assert (
+        f"{len(names) + 1} images are in test_list.txt, {len(names)} of them in both"
+        in capsys.readouterr().out
+    )
 
 
 def test_test_list_with_a_patient_on_both_sides(client: object, fails: object) -> None:

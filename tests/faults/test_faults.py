@@ -88,9 +88,21 @@ def cached_pixels(cache: Path) -> dict[str, np.ndarray]:
     return {key[len("images/") :]: np.frombuffer(data, np.uint8).reshape(32, 32) for key, data in rows}
 
 
-def test_a_run_with_one_request_in_twenty_faulty_has_all_images(credentials: Path, right: dict, tmp_path: Path) -> None:
+def test_a_run_with_one_request_in_twenty_faulty_has_all_images(
+    credentials: Path, right: dict, tmp_path: Path
+) -> None:
     with faulty(credentials, tmp_path, every=20) as (proxy, through):
-        options = ["--credentials", through, *QUICK, "--epochs", 1, "--cache", tmp_path, "--output", tmp_path / "run"]
+        options = [
+            "--credentials",
+            through,
+            *QUICK,
+            "--epochs",
+            1,
+            "--cache",
+            tmp_path,
+            "--output",
+            tmp_path / "run",
+        ]
         ended = victim.run(options, tmp_path / "screen")
         assert set(proxy.injected) == set(FAULTS)
     assert ended.code == 0, ended.stderr
@@ -120,9 +132,21 @@ def test_one_stall_of_each_kind_with_the_real_timeout(credentials: Path, right: 
     assert_right(pixels, right)
 
 
-def test_an_expired_token_is_one_line_and_a_fresh_one_goes_on(credentials: Path, right: dict, tmp_path: Path) -> None:
+def test_an_expired_token_is_one_line_and_a_fresh_one_goes_on(
+    credentials: Path, right: dict, tmp_path: Path
+) -> None:
     with faulty(credentials, tmp_path, expire_after=200) as (_, through):
-        options = ["--credentials", through, *QUICK, "--epochs", 1, "--cache", tmp_path, "--output", tmp_path / "run"]
+        options = [
+            "--credentials",
+            through,
+            *QUICK,
+            "--epochs",
+            1,
+            "--cache",
+            tmp_path,
+            "--output",
+            tmp_path / "run",
+        ]
         stale = victim.run(options, tmp_path / "stale")
         assert "session token is expired" in one_line(stale.code, stale.stderr)
         assert not (tmp_path / "run").exists()
@@ -166,7 +190,15 @@ BUGS = {
 def test_the_traceback_of_a_bug_shows_no_secret(credentials: Path, tmp_path: Path, bug: str) -> None:
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport xray_tensorflow as xray\n{BUGS[bug]}\n"
     program += "sys.exit(xray.run_script(xray.main))"
-    options = ["--credentials", credentials, *QUICK, "--cache", tmp_path / "cache", "--output", tmp_path / "run"]
+    options = [
+        "--credentials",
+        credentials,
+        *QUICK,
+        "--cache",
+        tmp_path / "cache",
+        "--output",
+        tmp_path / "run",
+    ]
     ended = run_process([sys.executable, "-c", program, *options], cwd=tmp_path)
     assert ended.code == 1
     assert "Traceback" in ended.stderr

@@ -32,7 +32,9 @@ from sample_bucket import connect
 IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
 BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 of training and 6 of validation
 BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file, of 6.6 MB
-EVENTS = range(1, 21)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
+EVENTS = range(
+    1, 21
+)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
 FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), ("event", 12)}
@@ -79,7 +81,9 @@ def check_whole(folder: Path, unbroken: Path) -> int:
     for name in names & {"skipped.csv", "predictions.csv"}:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
     for name in names & {"config.json", "metrics.json"}:
-        assert json.loads((folder / name).read_text()).keys() == json.loads((unbroken / name).read_text()).keys()
+        assert (
+            json.loads((folder / name).read_text()).keys() == json.loads((unbroken / name).read_text()).keys()
+        )
     for name in names & {"model.keras"}:
         assert zipfile.ZipFile(folder / name).testzip() is None
     for name in names & {"report.png"}:
@@ -95,7 +99,9 @@ def check_whole(folder: Path, unbroken: Path) -> int:
 
 
 @pytest.mark.parametrize("moment", MARKED, ids="{0[0]} {0[1]}".format)
-def test_a_killed_run_ends_as_an_unbroken_one(unbroken: Unbroken, tmp_path: Path, moment: victim.Moment) -> None:
+def test_a_killed_run_ends_as_an_unbroken_one(
+    unbroken: Unbroken, tmp_path: Path, moment: victim.Moment
+) -> None:
     folder, options = tmp_path / "run", [*unbroken.options, "--output", tmp_path / "run"]
     if moment[0] == "image":
         options[options.index("--cache") + 1] = tmp_path / "cache"
@@ -161,7 +167,9 @@ def fetched_copy(client: Any, prefix: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "moment", [pytest.param(n, marks=[] if n == 9 else pytest.mark.slow) for n in CHANGES], ids="change {}".format
+    "moment",
+    [pytest.param(n, marks=[] if n == 9 else pytest.mark.slow) for n in CHANGES],
+    ids="change {}".format,
 )
 def test_a_run_killed_at_an_upload_ends_on_another_machine(
     unbroken: Unbroken, runs_bucket: Any, tmp_path: Path, moment: int
@@ -206,7 +214,15 @@ def test_s3_that_refuses_from_the_first_epoch_on(
         proxy.choose = lambda method, path: "expired" if "checkpoint" in path else ""
         through = edited(credentials, tmp_path, endpoint_url=proxy.url)
         output = f"s3://{RUNS}/refused"
-        options = [*unbroken.options, "--credentials", through, "--output", output, "--cache", tmp_path / "cache"]
+        options = [
+            *unbroken.options,
+            "--credentials",
+            through,
+            "--output",
+            output,
+            "--cache",
+            tmp_path / "cache",
+        ]
         ended = victim.run(options, tmp_path / "screen", folder=tmp_path)
         assert ended.code == 3
         warning, error = (line for line in ended.stderr.splitlines() if "session token" in line)
@@ -224,7 +240,9 @@ def test_s3_that_refuses_from_the_first_epoch_on(
         proxy.choose = lambda method, path: ""
         again = victim.run([*options, "--resume"], tmp_path / "again", folder=tmp_path)
         assert again.code == 0, again.stderr
-    assert ".taken" not in {path.name for path in fetched_copy(runs_bucket, "refused", tmp_path / "copy").iterdir()}
+    assert ".taken" not in {
+        path.name for path in fetched_copy(runs_bucket, "refused", tmp_path / "copy").iterdir()
+    }
 
 
 @pytest.mark.slow
@@ -288,7 +306,9 @@ def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -
         ("10m", 1),
     ],
 )
-def test_a_full_output_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path, size: str, epochs: int) -> None:
+def test_a_full_output_disk(
+    unbroken: Unbroken, disk: Callable, tmp_path: Path, size: str, epochs: int
+) -> None:
     folder = disk(f"size={size}") / "run"
     options = [*unbroken.options, "--output", folder]
     full = victim.run(options, tmp_path / "full")
@@ -303,7 +323,9 @@ def test_a_full_output_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["model.keras", "report.png"])
-def test_a_disk_full_when_the_result_is_written(unbroken: Unbroken, disk: Callable, tmp_path: Path, name: str) -> None:
+def test_a_disk_full_when_the_result_is_written(
+    unbroken: Unbroken, disk: Callable, tmp_path: Path, name: str
+) -> None:
     folder = disk("size=40m") / "run"
     shutil.copytree(unbroken.folder, folder)
     for path in folder.glob("[mr]*"):  # model, metrics and report

@@ -25,11 +25,16 @@ BLOCKS = {
 def find_block(text: str, name: str) -> tuple[int, int]:
     """Where the block called `name` begins and ends in `text`. Raises ValueError unless it has one pair of markers."""
     begins, ends = (
-        [match.start() for match in re.finditer(rf"^# ---- common to {name}: {word} ----", text, re.MULTILINE)]
+        [
+            match.start()
+            for match in re.finditer(rf"^# ---- common to {name}: {word} ----", text, re.MULTILINE)
+        ]
         for word in ("begin", "end")
     )
     if len(begins) != 1 or len(ends) != 1 or begins > ends:
-        raise ValueError(f"{len(begins)} begin and {len(ends)} end markers of 'common to {name}', not one pair")
+        raise ValueError(
+            f"{len(begins)} begin and {len(ends)} end markers of 'common to {name}', not one pair"
+        )
     return begins[0], ends[0]
 
 

@@ -72,7 +72,10 @@ def test_the_cluster_is_one_that_emr_takes(endpoint: str) -> None:
 
 def test_an_executor_fits_a_node() -> None:
     """By the table of docs/aws.md: 12,288 MB a node, of which YARN's application master takes 896 on one."""
-    conf = {"spark.executor.cores": "4", "spark.executor.instances": "2"}  # what the page's spark-submit asks for
+    conf = {
+        "spark.executor.cores": "4",
+        "spark.executor.instances": "2",
+    }  # what the page's spark-submit asks for
     settings = xray_elephas.spark_settings(xray_elephas.elephas_parser().parse_args([]), conf)
     overhead = int(settings["spark.executor.memoryOverhead"].rstrip("m"))
     (spark,) = document("emr_cluster.json")["Configurations"]
@@ -100,7 +103,9 @@ def test_a_policy_gives_these_rights_and_no_others(name: str, rights: dict[str, 
     given = {statement["Action"]: statement["Resource"] for statement in policy["Statement"]}
     assert given == {action: f"arn:aws:s3:::{resource}" for action, resource in rights.items()}
     iam = boto3.client("iam", endpoint_url=endpoint, **KEYS)
-    iam.create_policy(PolicyName="xray", PolicyDocument=json.dumps(policy))  # moto checks the grammar, as IAM does
+    iam.create_policy(
+        PolicyName="xray", PolicyDocument=json.dumps(policy)
+    )  # moto checks the grammar, as IAM does
     with pytest.raises(iam.exceptions.MalformedPolicyDocumentException):
         iam.create_policy(PolicyName="bad", PolicyDocument=json.dumps(policy).replace("Allow", "Permit"))
 
@@ -113,7 +118,9 @@ def test_the_pages_commands_are_bash(page: Path) -> None:
 
 def test_shellcheck_of_the_pages_commands() -> None:
     script = "#!/usr/bin/env bash\n" + "\n".join(blocks(PAGE))
-    checked = subprocess.run([SHELLCHECK, "-e", "SC1091", "-"], input=script, text=True, stdout=subprocess.PIPE)
+    checked = subprocess.run(
+        [SHELLCHECK, "-e", "SC1091", "-"], input=script, text=True, stdout=subprocess.PIPE
+    )
     assert checked.returncode == 0, checked.stdout
 
 
@@ -165,10 +172,14 @@ def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint
 
     def run(commands: list[str]) -> str:
         script = (
-            "set -euxo pipefail\n" + "\n".join(commands) + "\ndeclare -p AWS_DEFAULT_REGION BUCKET CLUSTER > state\n"
+            "set -euxo pipefail\n"
+            + "\n".join(commands)
+            + "\ndeclare -p AWS_DEFAULT_REGION BUCKET CLUSTER > state\n"
         )
         command = ["bash", "-c", script]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -39,7 +39,9 @@ def test_the_made_up_bucket_is_one_for_the_scripts() -> None:
 
 def test_the_pngs_are_as_most_are() -> None:
     """Grey, and not of the sample's quick compression."""
-    (png,) = {data for key, data in benchmark.made_up_bucket(3, size=64, distinct=1).items() if key.endswith("png")}
+    (png,) = {
+        data for key, data in benchmark.made_up_bucket(3, size=64, distinct=1).items() if key.endswith("png")
+    }
     image = Image.open(benchmark.io.BytesIO(png))
     assert (image.mode, image.size) == ("L", (64, 64))
     assert np.asarray(image).std() > 10

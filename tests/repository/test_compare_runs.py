@@ -11,14 +11,23 @@ import pytest
 from compare_runs import main
 from PIL import Image
 
-ARGUMENTS = {"seed": 0, "test_list": None, "limit": None, "image_size": 128, "weights": "imagenet", "epochs": 5}
+ARGUMENTS = {
+    "seed": 0,
+    "test_list": None,
+    "limit": None,
+    "image_size": 128,
+    "weights": "imagenet",
+    "epochs": 5,
+}
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
     """Write a run folder with this name, speed in images/s, target, data digest and arguments."""
 
-    def write(name: str, speed: float, target: dict[str, Any], data: str = "abc", **arguments: object) -> Path:
+    def write(
+        name: str, speed: float, target: dict[str, Any], data: str = "abc", **arguments: object
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         config = {"script": "any", "arguments": {**ARGUMENTS, **arguments}, "data": data, "versions": {}}
@@ -99,4 +108,6 @@ def test_no_sequential_run_or_no_finished_run_is_an_error(
 
 def test_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(run.folder), "--chart", str(tmp_path / "chart.png")]) == 0
-    assert f"1 CPU thread  {run.result['train']['images_per_second']:8.1f}      1.00" in capsys.readouterr().out
+    assert (
+        f"1 CPU thread  {run.result['train']['images_per_second']:8.1f}      1.00" in capsys.readouterr().out
+    )

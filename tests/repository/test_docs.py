@@ -74,12 +74,16 @@ def test_commands_name_scripts_and_options_that_exist(page: Path) -> None:
             assert (ROOT / script).is_file(), f"{page.name}: {line}"
         own = words[words.index(scripts[0]) + 1 :] if scripts else []
         declared = set().union(*(options(ROOT / script) for script in scripts))
-        assert {word for word in own if word.startswith("--")} <= declared | {"--write"}, f"{page.name}: {line}"
+        assert {word for word in own if word.startswith("--")} <= declared | {"--write"}, (
+            f"{page.name}: {line}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_options_in_the_text_exist(page: Path) -> None:
-    declared = set().union(*(options(script) for script in [*ROOT.glob("xray_*.py"), *ROOT.glob("tests/**/*.py")]))
+    declared = set().union(
+        *(options(script) for script in [*ROOT.glob("xray_*.py"), *ROOT.glob("tests/**/*.py")])
+    )
     named = set(re.findall(r"`(--[a-z-]+)", text_and_code(page)[0]))
     assert named <= declared | FOREIGN, page.name
 
@@ -103,7 +107,7 @@ def test_readmes_snippet_scores_a_radiograph(
     run: Any, keras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (snippet,) = re.findall(r"(?ms)^```python\n(.*?)^```$", (ROOT / "README.md").read_text())
-    assert len(snippet.splitlines()) <= 10
+    assert len(snippet.splitlines()) <= 11
     predictions = pd.read_csv(run.folder / "predictions.csv", index_col="image")
     image = predictions.index[0]
     (folder,) = re.findall('run = "(.*)/"', snippet)
@@ -130,4 +134,7 @@ def test_pre_commit_has_the_same_ruff_and_a_hook_for_the_common_blocks() -> None
     assert [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]
     (hook,) = local["hooks"]
     assert hook["entry"] == "python tests/repository/sync_common.py"
-    assert [bool(re.search(hook["files"], name)) for name in ("xray_gpu.py", "tests/xray_gpu.py")] == [True, False]
+    assert [bool(re.search(hook["files"], name)) for name in ("xray_gpu.py", "tests/xray_gpu.py")] == [
+        True,
+        False,
+    ]

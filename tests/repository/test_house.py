@@ -36,7 +36,9 @@ def test_metadata_agrees_with_requirements(script: Path) -> None:
     assert python == ">=3.9,<3.13"
     assert dependencies
     # On a GPU it is the same TensorFlow, with CUDA beside it.
-    assert {line.replace("[and-cuda]", "") for line in dependencies} <= set(requirements(ROOT / "requirements.txt"))
+    assert {line.replace("[and-cuda]", "") for line in dependencies} <= set(
+        requirements(ROOT / "requirements.txt")
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -98,9 +100,13 @@ assert not {"tensorflow", "keras", "matplotlib"} & set(sys.modules)
 
 
 def test_a_secret_that_ps_would_show_is_noticed() -> None:
-    with subprocess.Popen(["sleep", "60"], env={**os.environ, "TOKEN": SECRETS["aws_session_token"]}) as process:
+    with subprocess.Popen(
+        ["sleep", "60"], env={**os.environ, "TOKEN": SECRETS["aws_session_token"]}
+    ) as process:
         try:
-            while not Path(f"/proc/{process.pid}/environ").read_bytes():  # a moment after Popen the kernel fills it in
+            while not Path(
+                f"/proc/{process.pid}/environ"
+            ).read_bytes():  # a moment after Popen the kernel fills it in
                 time.sleep(0.01)
             with pytest.raises(AssertionError, match=str(process.pid)):
                 check_processes()

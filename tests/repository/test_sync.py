@@ -38,7 +38,9 @@ def copies(tmp_path: Path) -> Path:
     """A folder with the script and a sibling that has other words around the same blocks."""
     text = SCRIPT.read_text()
     (tmp_path / SCRIPTS[0]).write_text(text)
-    (tmp_path / SCRIPTS[1]).write_text(text.replace("---- target: one CPU thread ----", "---- target: GPUs ----"))
+    (tmp_path / SCRIPTS[1]).write_text(
+        text.replace("---- target: one CPU thread ----", "---- target: GPUs ----")
+    )
     return tmp_path
 
 
@@ -62,7 +64,9 @@ def test_a_difference_is_shown_and_fixed(copies: Path, line: str) -> None:
 @pytest.mark.parametrize("change", ["", "twice"])
 def test_markers_missing_or_doubled(copies: Path, change: str) -> None:
     copy = copies / SCRIPTS[1]
-    marker = next(line for line in copy.read_text().splitlines() if "common to the three scripts: begin" in line)
+    marker = next(
+        line for line in copy.read_text().splitlines() if "common to the three scripts: begin" in line
+    )
     copy.write_text(copy.read_text().replace(marker, f"{marker}\n{marker}" if change else ""))
     with pytest.raises(ValueError, match="markers"):
         sync(copies)
@@ -73,7 +77,9 @@ def test_the_command_says_that_all_is_equal() -> None:
 
 
 def test_no_script_imports_a_sibling() -> None:
-    siblings = {Path(script).stem for script in SCRIPTS} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    siblings = {Path(script).stem for script in SCRIPTS} | {
+        path.stem for path in (ROOT / "tests").rglob("*.py")
+    }
     for path in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

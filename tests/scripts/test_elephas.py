@@ -129,7 +129,8 @@ def test_the_lone_file_writes_what_the_sequential_script_writes(submitted: tuple
     others = {path.name for path in output.iterdir()} - checkpoints
     assert others == {path.name for path in run.folder.iterdir() if not path.match("checkpoint-*")}
     for name in ("history.csv", "predictions.csv", "skipped.csv"):
-        assert (output / name).open().readline() == (run.folder / name).open().readline()
+        header = (output / name).read_text().splitlines()[0]
+        assert header == (run.folder / name).read_text().splitlines()[0]
     with (output / "skipped.csv").open() as file:
         assert [row["image"] for row in csv.DictReader(file)] == [TRUNCATED]  # found on an executor
     assert {path.name for path in output.parent.parent.iterdir()} == {SCRIPT.name, "credentials.yml", "runs"}
@@ -208,7 +209,17 @@ def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
 ) -> None:
     shutil.copytree(submitted[1], tmp_path / "run")
     marks = [tmp_path / "cache"]  # a new one: all images are fetched again
-    words = ["--credentials", credentials, "--cache", marks[0], "--output", tmp_path / "run", "--resume", "--epochs", 2]
+    words = [
+        "--credentials",
+        credentials,
+        "--cache",
+        marks[0],
+        "--output",
+        tmp_path / "run",
+        "--resume",
+        "--epochs",
+        2,
+    ]
     resumed = result_of(submit(tmp_path, *words, stop=(kill_executors(tmp_path, marks), signal.SIGTERM)))
     assert not marks
     assert resumed["images"] == result_of(submitted[0])["images"]

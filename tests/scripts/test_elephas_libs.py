@@ -67,7 +67,8 @@ def host(tmp_path: Path) -> Host:
 
 def wanted(*without: str) -> list[str]:
     """The lines of requirements.txt but for these packages."""
-    return [line for line in requirements(ROOT / "requirements.txt") if line.split("==")[0] not in without]
+    left_out = {"tqdm", *without}  # the other scripts' progress bar
+    return [line for line in requirements(ROOT / "requirements.txt") if line.split("==")[0] not in left_out]
 
 
 def check(host: Host, *without: str) -> None:

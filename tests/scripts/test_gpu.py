@@ -55,12 +55,21 @@ def test_an_old_gpu_needs_an_old_tensorflow(gpus: list[dict]) -> None:
         ("mixed_float16", [M60], "mixed_float16"),
     ],
 )
-def test_precision_follows_the_capability_unless_it_is_said(wanted: str, gpus: list[dict], policy: str) -> None:
+def test_precision_follows_the_capability_unless_it_is_said(
+    wanted: str, gpus: list[dict], policy: str
+) -> None:
     assert xray_gpu.choose_precision(wanted, gpus) == policy
 
 
 def test_without_a_gpu_the_script_ends_at_once(credentials: Path, tmp_path: Path) -> None:
-    command = ["env", "CUDA_VISIBLE_DEVICES=-1", sys.executable, ROOT / "xray_gpu.py", "--credentials", credentials]
+    command = [
+        "env",
+        "CUDA_VISIBLE_DEVICES=-1",
+        sys.executable,
+        ROOT / "xray_gpu.py",
+        "--credentials",
+        credentials,
+    ]
     finished = run_process(command, cwd=tmp_path)
     assert finished.code == 2
     assert finished.stderr.startswith("xray_gpu.py: error: TensorFlow")
@@ -97,7 +106,17 @@ sys.exit(xray_gpu.run_script(xray_gpu.main))
 
 @pytest.mark.slow
 def test_the_whole_script_on_two_devices_in_mixed_precision(credentials: Path, tmp_path: Path) -> None:
-    options = ["--credentials", credentials, *QUICK, "--epochs", "1", "--output", "run", "--precision", "mixed_float16"]
+    options = [
+        "--credentials",
+        credentials,
+        *QUICK,
+        "--epochs",
+        "1",
+        "--output",
+        "run",
+        "--precision",
+        "mixed_float16",
+    ]
     finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options], cwd=tmp_path)
     assert finished.code == 0, finished.stderr
     result = json.loads(finished.stdout.splitlines()[-1])
@@ -117,7 +136,9 @@ def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Pat
     So are the 91 of the test split one step and one image.
     """
     options = ["--credentials", credentials, *QUICK, "--batch-size", 45, "--epochs", 1, "--output", "run"]
-    finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path)
+    finished = run_process(
+        [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path
+    )
     result = result_of(finished)
     assert result["images"]["train"] == 271
     (row,) = pd.read_csv(tmp_path / "run" / "history.csv").to_dict("records")
@@ -143,7 +164,9 @@ def test_resume_on_other_devices_is_refused(credentials: Path, tmp_path: Path) -
         ("precision", ON_TWO_CPUS, ["--precision", "mixed_float16"]),
         ("replicas", ON_TWO_CPUS.replace('"replicas": 2', '"replicas": 1'), ["--precision", "float32"]),
     ]:
-        again = run_process([sys.executable, "-c", program, ROOT, *options, "--resume", *changed], cwd=tmp_path)
+        again = run_process(
+            [sys.executable, "-c", program, ROOT, *options, "--resume", *changed], cwd=tmp_path
+        )
         assert again.code == 2, again.stderr
         assert f"the run in run had --{word} {config['target'][word]}" in again.stderr.splitlines()[-1]
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before

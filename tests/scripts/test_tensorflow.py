@@ -21,8 +21,20 @@ from PIL import Image
 
 import xray_tensorflow as xray
 
-FILES = ["config.json", "history.csv", "metrics.json", "model.keras", "predictions.csv", "report.png", "skipped.csv"]
-METRICS = ["images", "auroc", "thresholds"]  # what two runs of the same command must agree in, to the last bit
+FILES = [
+    "config.json",
+    "history.csv",
+    "metrics.json",
+    "model.keras",
+    "predictions.csv",
+    "report.png",
+    "skipped.csv",
+]
+METRICS = [
+    "images",
+    "auroc",
+    "thresholds",
+]  # what two runs of the same command must agree in, to the last bit
 LOSSES = ["loss", "validation_loss", "validation_auroc"]
 
 
@@ -70,7 +82,14 @@ def test_clock(run: Any) -> None:
 
 def test_history_and_that_it_learns(run: Any) -> None:
     rows = history(run.folder)
-    assert list(rows)[:6] == ["epoch", "loss", "validation_loss", "validation_auroc", "seconds", "images_per_second"]
+    assert list(rows)[:6] == [
+        "epoch",
+        "loss",
+        "validation_loss",
+        "validation_auroc",
+        "seconds",
+        "images_per_second",
+    ]
     assert list(rows["epoch"]) == [1, 2, 3]
     assert rows["loss"].is_monotonic_decreasing
     assert np.isfinite(rows.to_numpy()).all()
@@ -96,7 +115,13 @@ def test_predictions_give_the_metrics(run: Any, credentials: Path) -> None:
 def test_config_says_how_the_run_was_made(run: Any) -> None:
     config = json.loads((run.folder / "config.json").read_text())
     assert config["script"] == "xray_tensorflow"
-    for name, value in {"seed": 0, "image_size": 32, "weights": "none", "learning_rate": 1e-3, "limit": None}.items():
+    for name, value in {
+        "seed": 0,
+        "image_size": 32,
+        "weights": "none",
+        "learning_rate": 1e-3,
+        "limit": None,
+    }.items():
         assert config["arguments"][name] == value
     assert config["versions"] == run.result["versions"]
 
@@ -126,7 +151,10 @@ def test_one_thread_takes_one_core(run: Any) -> None:
 def test_no_secret_is_left_anywhere(run: Any) -> None:
     files = [*run.folder.rglob("*"), *(run.folder.parent.parent / "cache").rglob("*")]
     assert len(files) > len(FILES)
-    texts = [path.read_bytes() for path in files] + [run.finished.stdout.encode(), run.finished.stderr.encode()]
+    texts = [path.read_bytes() for path in files] + [
+        run.finished.stdout.encode(),
+        run.finished.stderr.encode(),
+    ]
     for secret in SECRETS.values():
         assert not any(secret.encode() in text for text in texts)
 

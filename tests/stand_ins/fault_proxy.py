@@ -44,7 +44,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault in ERRORS:
             status, code = ERRORS[fault]
             return self.reply(status, {"Content-Type": "application/xml"}, ERROR.format(code).encode())
-        asked = {name: text for name, text in self.headers.items() if name.lower() not in ("connection", "expect")}
+        asked = {
+            name: text for name, text in self.headers.items() if name.lower() not in ("connection", "expect")
+        }
         how = {"retries": False, "redirect": False, "decode_content": False}
         came = server.pool.request(self.command, server.target + self.path, body=sent, headers=asked, **how)
         if fault == "lost answer":
@@ -95,7 +97,9 @@ class Proxy(ThreadingHTTPServer):
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, endpoint: str, latency_ms: float, every: int, kinds: Sequence[str], expire_after: int) -> None:
+    def __init__(
+        self, endpoint: str, latency_ms: float, every: int, kinds: Sequence[str], expire_after: int
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", endpoint.rstrip("/")
         self.latency_ms, self.every, self.expire_after = latency_ms, every, expire_after

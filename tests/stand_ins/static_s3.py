@@ -24,7 +24,9 @@ def list_keys(keys: list[str], query: dict[str, list[str]]) -> bytes:
     first = int(query.get("continuation-token", ["0"])[0])
     last = first + min(PAGE, int(query.get("max-keys", [PAGE])[0]))
     more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(keys) else ""
-    entries = (f"<Contents><Key>{quote(key)}</Key><ETag>{etag(key)}</ETag></Contents>" for key in keys[first:last])
+    entries = (
+        f"<Contents><Key>{quote(key)}</Key><ETag>{etag(key)}</ETag></Contents>" for key in keys[first:last]
+    )
     flags = f"<EncodingType>url</EncodingType><IsTruncated>{str(bool(more)).lower()}</IsTruncated>"
     return f"<ListBucketResult>{flags}{more}{''.join(entries)}</ListBucketResult>".encode()
 
@@ -47,7 +49,9 @@ async def answer(
         _, _, key = unquote(place.path)[1:].partition("/")
         body = objects[key] if key else list_keys(keys, parse_qs(place.query))
         await asyncio.sleep(seconds)
-        writer.write(f"HTTP/1.1 200 OK\r\nETag: {etag(key)}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        writer.write(
+            f"HTTP/1.1 200 OK\r\nETag: {etag(key)}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        )
         await writer.drain()
     writer.close()
 

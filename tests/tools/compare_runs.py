@@ -64,7 +64,10 @@ def check(runs: list[Run]) -> Run:
     """The sequential run. Raises CompareError where the runs are not of the same data, split and CNN, or lack it."""
     first = runs[0]
     for run in runs[1:]:
-        for kind, names in {"split": ["seed", "test_list", "limit"], "CNN": ["image_size", "weights"]}.items():
+        for kind, names in {
+            "split": ["seed", "test_list", "limit"],
+            "CNN": ["image_size", "weights"],
+        }.items():
             for name in names:
                 values = [r.config["arguments"][name] for r in (first, run)]
                 if values[0] != values[1]:
@@ -73,7 +76,9 @@ def check(runs: list[Run]) -> Run:
                         f"different {kind}: {first.folder} has {option} {values[0]}, {run.folder} {values[1]}"
                     )
         if run.config["data"] != first.config["data"]:
-            raise CompareError(f"different data: {first.folder} and {run.folder} are not of the same images and labels")
+            raise CompareError(
+                f"different data: {first.folder} and {run.folder} are not of the same images and labels"
+            )
     for run in runs:
         if run.sequential:
             return run
@@ -94,7 +99,10 @@ def table(runs: list[Run], base: Run) -> str:
         scores = [f"{auroc['mean']:.3f}", f"{low:.3f} to {high:.3f}"]
         rows.append([run.target, *speed, *scores, str(train["epochs"]), *seconds])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows]
+    rows = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        for row in rows
+    ]
     return "\n".join("  ".join(row) for row in rows)
 
 
@@ -103,7 +111,9 @@ def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(runs)), layout="constrained")
     axes = figure.subplots()
     speed_ups = [run.speed / base.speed for run in runs]
-    bars = axes.barh(range(len(runs)), speed_ups, color=["#999999" if run is base else "#0072B2" for run in runs])
+    bars = axes.barh(
+        range(len(runs)), speed_ups, color=["#999999" if run is base else "#0072B2" for run in runs]
+    )
     axes.bar_label(
         bars, [f"{ratio:.2f} ×  ({run.speed:.0f} images/s)" for ratio, run in zip(speed_ups, runs)], padding=4
     )
@@ -117,9 +127,13 @@ def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Print the table, write the chart, and give the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--chart", type=Path, default=Path("speedup.png"), help="where the chart goes [%(default)s]")
+    parser.add_argument(
+        "--chart", type=Path, default=Path("speedup.png"), help="where the chart goes [%(default)s]"
+    )
     arguments = parser.parse_args(words)
     try:
         runs = [read_run(folder) for folder in arguments.runs]

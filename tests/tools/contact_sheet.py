@@ -98,7 +98,9 @@ def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list
     figure = Figure(figsize=(2.3 * COLUMNS, height * rows + 0.55))
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
     space = 1 - 0.55 / (height * rows + 0.55)
-    figure.subplots_adjust(0.01, 0.2 * lines / height / rows * space, 0.99, space, 0.06, (0.2 * lines + 0.3) / 2.1)
+    figure.subplots_adjust(
+        0.01, 0.2 * lines / height / rows * space, 0.99, space, 0.06, (0.2 * lines + 0.3) / 2.1
+    )
     for axes in grid.flat[len(films) :]:
         axes.set_axis_off()
     for axes, pixels, name, entries in zip(grid.flat, films, names, told):
@@ -111,19 +113,27 @@ def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list
 
 def main(words: list[str] | None = None) -> int:
     """Draw the sheet and give the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of the run [as in its config.json]")
-    parser.add_argument("--output", type=Path, metavar="PNG", default="contact_sheet.png", help="[%(default)s]")
+    parser.add_argument(
+        "--output", type=Path, metavar="PNG", default="contact_sheet.png", help="[%(default)s]"
+    )
     arguments = parser.parse_args(words)
     try:
         if not (arguments.run / "metrics.json").is_file():
             raise SheetError(f"{arguments.run} has no metrics.json: it is not the folder of a finished run")
-        config, metrics = (json.loads((arguments.run / name).read_text()) for name in ("config.json", "metrics.json"))
+        config, metrics = (
+            json.loads((arguments.run / name).read_text()) for name in ("config.json", "metrics.json")
+        )
         predictions = pd.read_csv(arguments.run / "predictions.csv")
         chosen = choose(predictions, list(metrics["thresholds"]))
         names = chosen["image"].tolist()
-        films = read_pixels((arguments.cache or Path(config["arguments"]["cache"])) / "pixels.sqlite", config, names)
+        films = read_pixels(
+            (arguments.cache or Path(config["arguments"]["cache"])) / "pixels.sqlite", config, names
+        )
     except SheetError as error:
         print(f"contact_sheet.py: error: {error}", file=sys.stderr)
         return 2
