@@ -106,7 +106,9 @@ def test_an_executor_fits_a_node() -> None:
         ),
     ],
 )
-def test_a_policy_gives_these_rights_and_no_others(name: str, rights: set[tuple[str, str]], endpoint: str) -> None:
+def test_a_policy_gives_these_rights_and_no_others(
+    name: str, rights: set[tuple[str, str]], endpoint: str
+) -> None:
     policy = document(name)
     assert policy["Version"] == "2012-10-17"
     assert {statement["Effect"] for statement in policy["Statement"]} == {"Allow"}
