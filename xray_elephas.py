@@ -85,6 +85,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -1894,14 +1895,12 @@ class RunFolder:
     def _load(self, model: Any, epoch: int) -> None:
         path = self._checkpoint(epoch)
         try:
-            model.load_weights(path)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-        ) as error:  # HDF5's and Keras' words
+            with warnings.catch_warnings():
+                # Keras only warns where the file has no state of the optimizer, and Adam would start anew.
+                warnings.filterwarnings("error", "Skipping")
+                model.load_weights(path)
+        # What HDF5 and Keras make of a damaged file.
+        except (OSError, ValueError, LookupError, RuntimeError, TypeError, UserWarning) as error:
             problem = "missing" if not path.exists() else f"damaged ({type(error).__name__})"
             where = self._arguments.output or self.path
             raise UserError(

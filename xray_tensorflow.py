@@ -56,6 +56,7 @@ import shutil
 import sqlite3
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
@@ -1036,14 +1037,12 @@ class RunFolder:
     def _load(self, model: Any, epoch: int) -> None:
         path = self._checkpoint(epoch)
         try:
-            model.load_weights(path)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-        ) as error:  # HDF5's and Keras' words
+            with warnings.catch_warnings():
+                # Keras only warns where the file has no state of the optimizer, and Adam would start anew.
+                warnings.filterwarnings("error", "Skipping")
+                model.load_weights(path)
+        # What HDF5 and Keras make of a damaged file.
+        except (OSError, ValueError, LookupError, RuntimeError, TypeError, UserWarning) as error:
             problem = "missing" if not path.exists() else f"damaged ({type(error).__name__})"
             where = self._arguments.output or self.path
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+import victim
+import yaml
 from helpers import QUICK, ROOT, ceph_client, client_of, edited, parse, run_script
 from sample_bucket import BUCKET, fill_bucket, read_rows, write_credentials
 
@@ -90,4 +93,67 @@ def test_a_run_gives_the_metrics_of_the_run_against_moto(ceph: Path, run: Any, t
         assert result[name] == run.result[name]
     assert (tmp_path / "output" / "predictions.csv").read_bytes() == (
         run.folder / "predictions.csv"
+    ).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def runs_bucket(ceph: Path) -> Any:
+    client = ceph_client(yaml.safe_load(ceph.read_text())["endpoint_url"])
+    client.create_bucket(Bucket="runs")
+    return client
+
+
+def test_a_prefix_is_taken_once(ceph: Path, runs_bucket: Any) -> None:
+    """Ceph's own conditional PUT."""
+    keys = xray.read_credentials(str(ceph))
+    one, other = (xray.S3Copy(keys, "s3://runs/once") for _ in range(2))
+    one.take(resume=False)
+    with pytest.raises(xray.UserError, match="another run has taken s3://runs/once"):
+        other.take(resume=False)
+    one.give_back()
+    other.take(resume=False)
+
+
+def test_a_key_that_may_not_write_is_one_line_at_the_start(
+    ceph: Path, runs_bucket: Any, fails: Callable
+) -> None:
+    statement = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:PutObject",
+        "Resource": "arn:aws:s3:::runs/closed/*",
+    }
+    runs_bucket.put_bucket_policy(
+        Bucket="runs", Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    )
+    try:
+        error = fails("--credentials", ceph, "--output", "s3://runs/closed")
+    finally:
+        runs_bucket.delete_bucket_policy(Bucket="runs")
+    assert "no right to write s3://runs/closed in bucket runs" in error
+
+
+def test_a_run_killed_and_resumed_from_ceph(ceph: Path, runs_bucket: Any, tmp_path: Path) -> None:
+    options = ["--credentials", ceph, *QUICK, "--cache", tmp_path / "cache"]
+    unbroken = victim.run([*options, "--output", tmp_path / "unbroken"], tmp_path / "screen")
+    assert unbroken.code == 0, unbroken.stderr
+    options += ["--output", "s3://runs/killed"]
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    killed = victim.run(options, tmp_path / "killed", ("change", 9), tmp_path / "one")
+    assert killed.code == -signal.SIGKILL
+    again = victim.run([*options, "--resume"], tmp_path / "again", folder=tmp_path / "other")
+    assert again.code == 0, again.stderr
+    (folder,) = (tmp_path / "other" / "runs").iterdir()
+    stored = runs_bucket.list_objects_v2(Bucket="runs", Prefix="killed/")["Contents"]
+    assert {entry["Key"].split("/")[1] for entry in stored} == {
+        path.name for path in (tmp_path / "unbroken").iterdir()
+    }
+    for path in folder.iterdir():
+        assert (
+            runs_bucket.get_object(Bucket="runs", Key=f"killed/{path.name}")["Body"].read()
+            == path.read_bytes()
+        )
+    assert (folder / "predictions.csv").read_bytes() == (
+        tmp_path / "unbroken" / "predictions.csv"
     ).read_bytes()

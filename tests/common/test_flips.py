@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import victim
 from helpers import QUICK, parse
 
+import xray_elephas
 import xray_tensorflow as xray
 
 COUNT = 2000
@@ -94,6 +96,34 @@ class TestBatches:
         assert np.array_equal(training[4], draws(2, count=40))
         assert [set(how[2]) for how in others] == [set(range(20, 30)), set(range(30, 40))]
         assert all(len(how) == 4 for how in others)  # no flips
+
+
+@pytest.mark.usefixtures("keras")
+def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has some rows of the table, in any order: which of them it mirrors is drawn by row."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 9, 9), np.uint8)
+    labels = np.zeros((30, 15), np.float32)
+    labels[:, 0] = range(30)  # so that an image of a batch tells its row
+    flips = draws(2, count=30)
+    arguments = parse("--flip", "--batch-size", 4)
+    job = SimpleNamespace(labels=SimpleNamespace(value=labels), arguments=arguments)
+    seen: list[int] = []
+
+    def fit(data: Any, **how: Any) -> Any:
+        for images, found in data.as_numpy_iterator():
+            for image, row in zip(images[..., 0], found[:, 0].astype(int)):
+                assert np.array_equal(image, pixels[row, :, ::-1] if flips[row] else pixels[row])
+                seen.append(row)
+        return SimpleNamespace(history={})
+
+    state = SimpleNamespace(assign=lambda seeds: None)
+    layer = SimpleNamespace(seed_generator=SimpleNamespace(state=state))
+    model = SimpleNamespace(get_layer=lambda name: layer, fit=fit)
+    for worker, rows in enumerate(np.array_split(np.random.default_rng(1).permutation(30), 3)):
+        task = SimpleNamespace(partitionId=lambda worker=worker: worker)
+        monkeypatch.setattr(xray_elephas, "TaskContext", SimpleNamespace(get=lambda task=task: task))
+        xray_elephas.Share(iter([(row, pixels[row]) for row in rows]), job).fit(model, 2)
+    assert sorted(seen) == list(range(30))
 
 
 @pytest.mark.slow

@@ -89,19 +89,37 @@ def test_an_executor_fits_a_node() -> None:
 @pytest.mark.parametrize(
     ("name", "rights"),
     [
-        ("iam_policy.json", {"s3:ListBucket": "my-xray-bucket", "s3:GetObject": "my-xray-bucket/*"}),
+        (
+            "iam_policy.json",
+            {
+                ("s3:ListBucket", "my-xray-bucket"),
+                ("s3:GetObject", "my-xray-bucket/*"),
+                ("s3:ListBucket", "my-xray-runs"),
+                ("s3:GetObject", "my-xray-runs/run-*"),
+                ("s3:PutObject", "my-xray-runs/run-*"),
+                ("s3:DeleteObject", "my-xray-runs/run-*"),
+            },
+        ),
         (
             "iam_emr_policy.json",
-            {"s3:GetObject": "my-xray-bucket/elephas_libs.sh", "s3:PutObject": "my-xray-bucket/logs/*"},
+            {("s3:GetObject", "my-xray-bucket/elephas_libs.sh"), ("s3:PutObject", "my-xray-bucket/logs/*")},
         ),
     ],
 )
-def test_a_policy_gives_these_rights_and_no_others(name: str, rights: dict[str, str], endpoint: str) -> None:
+def test_a_policy_gives_these_rights_and_no_others(
+    name: str, rights: set[tuple[str, str]], endpoint: str
+) -> None:
     policy = document(name)
     assert policy["Version"] == "2012-10-17"
     assert {statement["Effect"] for statement in policy["Statement"]} == {"Allow"}
-    given = {statement["Action"]: statement["Resource"] for statement in policy["Statement"]}
-    assert given == {action: f"arn:aws:s3:::{resource}" for action, resource in rights.items()}
+    given = set()
+    for statement in policy["Statement"]:
+        actions = statement["Action"]
+        for action in actions if isinstance(actions, list) else [actions]:
+            given.add((action, statement["Resource"].replace("arn:aws:s3:::", "", 1)))
+        lists_runs = statement["Resource"] == "arn:aws:s3:::my-xray-runs"
+        assert statement.get("Condition") == ({"StringLike": {"s3:prefix": "run-*"}} if lists_runs else None)
+    assert given == rights
     iam = boto3.client("iam", endpoint_url=endpoint, **KEYS)
     iam.create_policy(
         PolicyName="xray", PolicyDocument=json.dumps(policy)
@@ -168,13 +186,13 @@ def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint
     folder, environment = desk
     # What the page says to run on an instance, and what only shows on a machine with a cluster, is not for the desk.
     here = [block for block in blocks(PAGE) if not re.search(r"pip install|spark-submit|yarn ", block)]
-    assert len(here) == len(blocks(PAGE)) - 5
+    assert len(here) == len(blocks(PAGE)) - 6
 
     def run(commands: list[str]) -> str:
         script = (
             "set -euxo pipefail\n"
             + "\n".join(commands)
-            + "\ndeclare -p AWS_DEFAULT_REGION BUCKET CLUSTER > state\n"
+            + "\ndeclare -p AWS_DEFAULT_REGION BUCKET RUNS CLUSTER > state\n"
         )
         command = ["bash", "-c", script]
         done = subprocess.run(
