@@ -40,9 +40,9 @@ def our_training(arguments: Namespace, images: int) -> Callable[[], Any]:
     xray.limit_tensorflow(arguments.threads)
     pixels, truth = made_up(arguments, images)
     table = pd.DataFrame(truth, columns=xray.LABELS).assign(split="train")
-    fit_epoch, _ = xray.training_steps(xray.build_cnn(arguments, truth), pixels, table, arguments)
+    trainer = xray.KerasTrainer(xray.build_cnn(arguments, truth), pixels, table, arguments)
     epochs = itertools.count(1)
-    return lambda: fit_epoch(next(epochs))
+    return lambda: trainer.fit_epoch(next(epochs))
 
 
 def stock_keras(arguments: Namespace, images: int) -> Callable[[], Any]:

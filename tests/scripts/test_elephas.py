@@ -204,6 +204,7 @@ def kill_executors(folder: Path, marks: list[Path], hold: float = 0) -> Callable
     return kill
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
     submitted: tuple, credentials: Path, tmp_path: Path
 ) -> None:

@@ -200,6 +200,7 @@ def broken_off(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_twice_ends_as_an_unbroken_one(run: Any, broken_off: Path, tmp_path: Path) -> None:
     folder = tmp_path / "output"
     shutil.copytree(broken_off, folder)
@@ -219,6 +220,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def begun(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that --resume would continue."""
+    return shutil.copytree(run.folder, tmp_path_factory.mktemp("begun") / "output")
+
+
 OTHER = {
     "--seed": "1", "--image-size": "48", "--batch-size": "4", "--learning-rate": "1e-4", "--weights": "imagenet",
     "--limit": "400", "--images": "", "--epochs": "1",
@@ -226,38 +233,38 @@ OTHER = {
 
 
 @pytest.mark.parametrize("option", OTHER)
-def test_resume_with_other_options(run: Any, broken_off: Path, fails: Callable, option: str) -> None:
-    before = contents(broken_off)
-    error = fails(*run.options, "--resume", "--output", broken_off, option, OTHER[option])
+def test_resume_with_other_options(run: Any, begun: Path, fails: Callable, option: str) -> None:
+    before = contents(begun)
+    error = fails(*run.options, "--resume", "--output", begun, option, OTHER[option])
     assert option in error
-    assert contents(broken_off) == before
+    assert contents(begun) == before
 
 
-def test_resume_with_other_labels(run: Any, broken_off: Path, fails: Callable, credentials: Path) -> None:
+def test_resume_with_other_labels(run: Any, begun: Path, fails: Callable, credentials: Path) -> None:
     client = client_of(credentials)
     where = {"Bucket": "cs205-project-xray", "Key": "Data_Entry_2017_v2020.csv"}
-    before, data = contents(broken_off), client.get_object(**where)["Body"].read()
+    before, data = contents(begun), client.get_object(**where)["Body"].read()
     client.put_object(**where, Body=data.replace(b",Hernia,", b",Mass,"))
     try:
-        assert "other data" in fails(*run.options, "--resume", "--output", broken_off)
+        assert "other data" in fails(*run.options, "--resume", "--output", begun)
     finally:
         client.put_object(**where, Body=data)
-    assert contents(broken_off) == before
+    assert contents(begun) == before
 
 
-def test_resume_with_other_images(run: Any, broken_off: Path, fails: Callable, credentials: Path) -> None:
+def test_resume_with_other_images(run: Any, begun: Path, fails: Callable, credentials: Path) -> None:
     client, table = client_of(credentials), xray.select_images(client_of(credentials), parse())
     where = {"Bucket": "cs205-project-xray", "Key": table["key"][0]}
-    before, data = contents(broken_off), client.get_object(**where)["Body"].read()
+    before, data = contents(begun), client.get_object(**where)["Body"].read()
     with Image.open(io.BytesIO(data)) as image:
         changed = io.BytesIO()
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(changed, "PNG")
     client.put_object(**where, Body=changed.getvalue())
     try:
-        assert "other data" in fails(*run.options, "--resume", "--output", broken_off)
+        assert "other data" in fails(*run.options, "--resume", "--output", begun)
     finally:
         client.put_object(**where, Body=data)
-    assert contents(broken_off) == before
+    assert contents(begun) == before
 
 
 def test_resume_of_nothing(run: Any, fails: Callable, tmp_path: Path) -> None:
