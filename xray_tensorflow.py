@@ -1,19 +1,20 @@
 """Train a CNN on chest X-rays from S3 on one CPU thread: the sequential baseline of three targets.
 
-    pip install -r requirements.txt              (or `uv run xray_tensorflow.py`: the versions are below)
+    pip install -r requirements.txt              (or `uv run xray_tensorflow.py`)
     cp credentials.example.yml credentials.yml   and fill in your AWS keys
     python xray_tensorflow.py
 
 This one file is all that a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the
 bucket, splits them by patient, trains MobileNet on the 15 labels and writes history, predictions,
 metrics, model.keras and report.png to runs/, and to S3 with `--output s3://BUCKET/PREFIX`. The last
-line on stdout is the result as one line of JSON. An interrupted run goes on with the same options and
-`--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py xray_tensorflow.py`.
+line on stdout is the result as one line of JSON. An interrupted run goes on with the same options
+and `--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py
+xray_tensorflow.py`.
 
-How it differs: xray_gpu.py trains on GPUs, xray_elephas.py on Spark through Elephas. What is special
-to this script stands first, from "target" on; data, split, CNN, metrics and clock are the same code in
-the three, and come after it. This script holds the whole process to one core (`--threads N` for more),
-decoding included, so that its images per second are what one thread does.
+How it differs: xray_gpu.py trains on GPUs, xray_elephas.py on Spark through Elephas. What is
+special to this script stands first, from "target" on; data, split, CNN, metrics and clock are the
+same code in the three, and come after it. This script holds the whole process to one core
+(`--threads N` for more), decoding included, so that its images per second are what one thread does.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -112,10 +113,14 @@ def main() -> None:
 def hold_to_cores(threads: int) -> None:
     """Hold the process and all its threads to `threads` cores. Raises UserError without as many."""
     if not hasattr(os, "sched_setaffinity"):
-        raise UserError("this system cannot hold a process to a core: run on Linux (macOS: in a container)")
+        raise UserError(
+            "this system cannot hold a process to a core: run on Linux (macOS: in a container)"
+        )
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
-        raise UserError(f"--threads {threads} is more than the {len(cores)} cores of this machine: use fewer")
+        raise UserError(
+            f"--threads {threads} is more than the {len(cores)} cores of this machine: use fewer"
+        )
     # A new thread has the cores of its maker, but those that numpy started at its import have all
     # of them.
     for thread in Path("/proc/self/task").iterdir():
@@ -130,12 +135,13 @@ def limit_tensorflow(threads: int) -> None:
     tf.config.set_visible_devices([], "GPU")
 
 
-# ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py only: docs/contributing.md)
+# ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py: docs/contributing.md)
 # ==== constants and arguments ====
 
 LABELS = [
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
-    "Infiltration", "Mass", "No Finding", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis",
+    "Hernia", "Infiltration", "Mass", "No Finding", "Nodule", "Pleural_Thickening", "Pneumonia",
+    "Pneumothorax",
 ]  # fmt: skip
 SPLITS = ["train", "validation", "test"]
 TRAIN_SHARE = 0.7  # of the patients; the test split is what these two leave
@@ -204,7 +210,10 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
 
     whole = number(int, 1)
     add(
-        "--credentials", "yml file with the AWS keys [%(default)s]", metavar="PATH", default="credentials.yml"
+        "--credentials",
+        "yml file with the AWS keys [%(default)s]",
+        metavar="PATH",
+        default="credentials.yml",
     )
     add("--bucket", "S3 bucket [%(default)s]", metavar="NAME", default="cs205-project-xray")
     add(
@@ -213,16 +222,46 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         metavar="KEY",
         default="Data_Entry_2017_v2020.csv",
     )
-    add("--images", "prefix of the PNGs in the bucket [%(default)s]", metavar="PREFIX", default="images/")
-    add("--test-list", "NIH's test_list.txt in the bucket: its images become the test split", metavar="KEY")
-    add("--limit", "use N images, drawn by seed [all]", metavar="N", type=whole)
-    add("--image-size", "pixels a side [%(default)s]", metavar="PX", type=number(int, 32, 1024), default=128)
     add(
-        "--weights", "imagenet, none or path of a weights file [%(default)s]", metavar="W", default="imagenet"
+        "--images",
+        "prefix of the PNGs in the bucket [%(default)s]",
+        metavar="PREFIX",
+        default="images/",
     )
-    add("--epochs", "passes over the training split [%(default)s]", metavar="N", type=whole, default=5)
+    add(
+        "--test-list",
+        "NIH's test_list.txt in the bucket: its images become the test split",
+        metavar="KEY",
+    )
+    add("--limit", "use N images, drawn by seed [all]", metavar="N", type=whole)
+    add(
+        "--image-size",
+        "pixels a side [%(default)s]",
+        metavar="PX",
+        type=number(int, 32, 1024),
+        default=128,
+    )
+    add(
+        "--weights",
+        "imagenet, none or path of a weights file [%(default)s]",
+        metavar="W",
+        default="imagenet",
+    )
+    add(
+        "--epochs",
+        "passes over the training split [%(default)s]",
+        metavar="N",
+        type=whole,
+        default=5,
+    )
     add("--batch-size", "images a training step [%(default)s]", metavar="N", type=whole, default=32)
-    add("--learning-rate", "of Adam [%(default)s]", metavar="X", type=number(float, 1e-12, 10), default=1e-4)
+    add(
+        "--learning-rate",
+        "of Adam [%(default)s]",
+        metavar="X",
+        type=number(float, 1e-12, 10),
+        default=1e-4,
+    )
     add("--flip", "flip training images from side to side at random", action="store_true")
     add(
         "--seed",
@@ -231,7 +270,12 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         type=number(int, 0, 2**32 - 1),
         default=0,
     )
-    add("--cache", "decoded pixels, reused by later runs [%(default)s/]", metavar="DIR", default="cache")
+    add(
+        "--cache",
+        "decoded pixels, reused by later runs [%(default)s/]",
+        metavar="DIR",
+        default="cache",
+    )
     share = number(float, 0, 1)
     add(
         "--max-skipped",
@@ -242,7 +286,11 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
     )
     kept = "run folder, or s3://BUCKET/PREFIX to keep it on S3 as well [runs/<script>-<UTC time>]"
     add("--output", kept, metavar="DIR", type=run_location)
-    add("--resume", "continue the run in --output after its last finished epoch", action="store_true")
+    add(
+        "--resume",
+        "continue the run in --output after its last finished epoch",
+        action="store_true",
+    )
     return parser
 
 
@@ -269,7 +317,9 @@ def run_script(main: Callable[[], None]) -> int:
         problem = f"{where}: {os.strerror(number_of_error)}: check disk space and rights"
         exit_code = UserError.exit_code
     except sqlite3.Error as error:
-        problem = f"the pixel cache fails ({one_line(error)}): check disk space and rights, or delete it"
+        problem = (
+            f"the pixel cache fails ({one_line(error)}): check disk space and rights, or delete it"
+        )
         exit_code = UserError.exit_code
     except UserError as error:
         problem = str(error)
@@ -298,13 +348,17 @@ def read_credentials(path: str) -> dict[str, str]:
         text = Path(path).read_bytes()
     except FileNotFoundError:
         lines = "'aws_access_key_id: ...' and 'aws_secret_key_id: ...'"
-        raise UserError(f"no {path}: copy credentials.example.yml to it, or write {lines} into it") from None
+        raise UserError(
+            f"no {path}: copy credentials.example.yml to it, or write {lines} into it"
+        ) from None
     try:
         content = yaml.safe_load(text)
-    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise, such as a KeyError of the text
+    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise (KeyError)
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml")
+        raise UserError(
+            f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml"
+        )
     secret = "aws_secret_key_id"
     if "aws_secret_access_key" in content and secret not in content:
         secret = "aws_secret_access_key"  # the spelling of boto3
@@ -312,16 +366,23 @@ def read_credentials(path: str) -> dict[str, str]:
         if not content.get(name):
             raise UserError(f"{path} has no {name}: add a line '{name}: ...'")
         if content[name] == "REPLACE_ME":
-            raise UserError(f"{path} still has the example's {name}: put your own AWS key in its place")
+            raise UserError(
+                f"{path} still has the example's {name}: put your own AWS key in its place"
+            )
     known = {"aws_access_key_id", secret, "aws_session_token", "region_name", "endpoint_url"}
-    texts = all(isinstance(text, str) and text.isascii() and text.isprintable() for text in content.values())
+    texts = all(
+        isinstance(text, str) and text.isascii() and text.isprintable() for text in content.values()
+    )
     if content.keys() - known or not texts:
         raise UserError(
-            f"{path} may hold only credentials.example.yml's names, each with a text (in quotes if digits)"
+            f"{path} may hold only credentials.example.yml's names, "
+            "each with a text (in quotes if digits)"
         )
     if Path(path).stat().st_mode & 0o077:
         print(f"warning: other users can read {path}: chmod 600 {path}", file=sys.stderr)
-    return {"aws_secret_access_key" if name == secret else name: text for name, text in content.items()}
+    return {
+        "aws_secret_access_key" if name == secret else name: text for name, text in content.items()
+    }
 
 
 def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
@@ -353,7 +414,8 @@ def s3_errors(bucket: str, key: str = "the list of images", access: str = "read"
     """Turn what S3 and botocore raise into a UserError; `access` to `key` is what is asked for."""
     needed = {
         "read": "s3:ListBucket and s3:GetObject are needed",
-        "write": "s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket are needed below --output",
+        "write": "s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket "
+        "are needed below --output",
     }
     options = {"read": "--bucket", "write": "--output"}
     region = f"bucket {bucket} is in another region: set region_name in the credentials file"
@@ -363,11 +425,13 @@ def s3_errors(bucket: str, key: str = "the list of images", access: str = "read"
         "NoSuchKey": f"there is no {key} in bucket {bucket}: check --labels and --test-list",
         "AccessDenied": f"no right to {access} {key} in bucket {bucket}: {needed[access]}",
         "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
-        "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: check the credentials file",
+        "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: "
+        "check the credentials file",
         "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
         **dict.fromkeys(["ExpiredToken", "InvalidToken", "TokenRefreshRequired"], expired),
         **dict.fromkeys(
-            ["PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint", "301"], region
+            ["PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint", "301"],
+            region,
         ),
     }
     try:
@@ -375,13 +439,17 @@ def s3_errors(bucket: str, key: str = "the list of images", access: str = "read"
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"].get("Code")
         text = error.response["Error"].get("Message")
-        raise UserError(fixes.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")) from None
+        raise UserError(
+            fixes.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")
+        ) from None
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
         raise UserError(
             f"S3 is out of reach ({error}): check network, region_name and endpoint_url"
         ) from None
     except (botocore.exceptions.BotoCoreError, ValueError, RecursionError) as error:
-        raise UserError(f"S3 cannot be asked ({error}): check {options[access]} and credentials") from None
+        raise UserError(
+            f"S3 cannot be asked ({error}): check {options[access]} and credentials"
+        ) from None
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
@@ -428,7 +496,8 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
         raise UserError(
-            f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: it must be NIH's Data_Entry CSV"
+            f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: "
+            "it must be NIH's Data_Entry CSV"
         )
     image = frame["Image Index"].fillna("")
     patient = frame["Patient ID"].fillna("")
@@ -458,7 +527,9 @@ def hash_fraction(*parts: Any) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def assign_splits(table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None) -> np.ndarray:
+def assign_splits(
+    table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None
+) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
     A patient's split depends on the seed and the patient id alone: no limit, new image or other
@@ -474,14 +545,17 @@ def assign_splits(table: pd.DataFrame, seed: int, test_images: Optional[set[str]
     both = set(table["patient"][test]) & set(table["patient"][~test])
     if both:
         raise UserError(
-            f"{len(both)} patients, such as {min(both)}, are on both sides of --test-list: check the list"
+            f"{len(both)} patients, such as {min(both)}, are on both sides of --test-list: "
+            "check the list"
         )
     train = fraction < TRAIN_SHARE / (TRAIN_SHARE + VALIDATION_SHARE)
     return np.select([test, train], ["test", "train"], "validation")
 
 
 def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The images of the run by name: columns image, patient, 15 labels, key and etag in S3, split."""
+    """The images of the run by name: columns image, patient, 15 labels, key and etag in S3,
+    split.
+    """
     bucket = arguments.bucket
     prefix = arguments.images.rstrip("/")
     prefix += "/" if prefix else ""
@@ -494,18 +568,24 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
     table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
     print(
-        f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, {len(table):,} are in both"
+        f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, "
+        f"{len(table):,} are in both"
     )
     if table.empty:
         raise UserError(
-            f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: check --images"
+            f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: "
+            "check --images"
         )
     test_images = None
     if arguments.test_list:
         with s3_errors(bucket, arguments.test_list):
-            test_images = set(fetch(client, bucket, arguments.test_list).decode(errors="replace").split())
+            test_images = set(
+                fetch(client, bucket, arguments.test_list).decode(errors="replace").split()
+            )
         found = table["image"].isin(test_images).sum()
-        print(f"{len(test_images):,} images are in {arguments.test_list}, {found:,} of them in both")
+        print(
+            f"{len(test_images):,} images are in {arguments.test_list}, {found:,} of them in both"
+        )
     table["split"] = assign_splits(table, arguments.seed, test_images)
     order = table["image"].map(lambda image: hash_fraction(arguments.seed, image))
     drawn = order.nsmallest(arguments.limit or len(table)).index
@@ -527,12 +607,16 @@ def check_splits(table: pd.DataFrame, batch_size: int) -> None:
             f"no image is left for the {counts.idxmin()} split: use more images or another --seed"
         )
     if batch_size > counts["train"]:
-        raise UserError(f"--batch-size {batch_size} is more than the {counts['train']} training images")
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {counts['train']} training images"
+        )
 
 
 def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """The labels of each split: float32 (n, 15) in the order of the table."""
-    return {split: table.loc[table["split"] == split, LABELS].to_numpy(np.float32) for split in SPLITS}
+    return {
+        split: table.loc[table["split"] == split, LABELS].to_numpy(np.float32) for split in SPLITS
+    }
 
 
 def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
@@ -555,13 +639,19 @@ def decode(data: bytes, size: int) -> np.ndarray:
 
     Pillow raises many kinds of error for broken files.
     """
-    Image.open(io.BytesIO(data), formats=FORMATS).verify()  # a PNG's checksums, which decoding ignores
+    Image.open(
+        io.BytesIO(data), formats=FORMATS
+    ).verify()  # a PNG's checksums, which decoding ignores
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > 2**25:  # Pillow takes five times that, and FETCH_THREADS are in memory
+    if (
+        image.width * image.height > 2**25
+    ):  # Pillow takes five times that, and FETCH_THREADS are in memory
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.asarray(image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.asarray(
+        image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    )
 
 
 def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> Iterator[tuple]:
@@ -581,7 +671,7 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
             return row, decode(data, size), ""
         except UnidentifiedImageError:  # its text holds a memory address
             reason = "not an image"
-        except Exception as error:  # noqa: BLE001  whatever Pillow makes of a bad file, the run goes on
+        except Exception as error:  # noqa: BLE001  whatever Pillow raises, the run goes on
             reason = f"{type(error).__name__}: {one_line(error)}"
         # The file may be whole, and what came cut short together with its Content-Length: then a
         # second one differs.
@@ -597,7 +687,8 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
         row, reason = list(skipped.items())[-1]
         count = f"{len(skipped)} of {len(table)} images are unreadable"
         raise UserError(
-            f"{count}, the last {table['image'][row]} ({reason}): replace them or raise --max-skipped {share}"
+            f"{count}, the last {table['image'][row]} ({reason}): "
+            f"replace them or raise --max-skipped {share}"
         )
 
 
@@ -610,7 +701,9 @@ def import_tensorflow() -> Any:
     oneDNN is its default on few CPUs only. What it prints is of no use to anyone: libraries
     registered twice.
     """
-    os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND="tensorflow")
+    os.environ.update(
+        TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND="tensorflow"
+    )
     screen = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -688,7 +781,9 @@ def fast_convolution(conv: Any, norm: Any, x: Any) -> Any:
     return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
 
 
-def fast_batch_normalization(norm: Any, x: Any, training: Optional[bool] = None, mask: None = None) -> Any:
+def fast_batch_normalization(
+    norm: Any, x: Any, training: Optional[bool] = None, mask: None = None
+) -> Any:
     """Batch normalisation by TensorFlow's fused kernel, where Keras 3 has one for each step (33 to
     49 images/s).
     """
@@ -737,21 +832,27 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
+            layer.momentum = (
+                0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
+            )
             # Statistics that come with weights stay as they are. backbone(x, training=False), as
             # Keras' guide has it, does not see to that: fit passes training=True on to nested
             # models (Keras 3.10 to 3.15).
             layer.trainable = source is None
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
-    findings = keras.layers.Dense(len(LABELS), activation="sigmoid", dtype="float32", name="findings")
+    findings = keras.layers.Dense(
+        len(LABELS), activation="sigmoid", dtype="float32", name="findings"
+    )
     model = keras.Model(inputs, findings(x), name="xray")
     speed_up(backbone.layers)
     prevalence = (labels.sum(axis=0) + 1) / (len(labels) + 2)
     findings.bias.assign(np.log(prevalence / (1 - prevalence)))
     # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10 times
     # slower there.
-    model.compile(keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=xla)
+    model.compile(
+        keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=xla
+    )
     return model
 
 
@@ -782,7 +883,9 @@ def batches(
     data = tf.data.Dataset.from_generator(
         generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32))
     )
-    data = data.apply(tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))).prefetch(2)
+    data = data.apply(
+        tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))
+    ).prefetch(2)
     options = tf.data.Options()
     options.autotune.enabled = (
         False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
@@ -816,7 +919,10 @@ def write(path: Path, text: str) -> None:
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that decide the figures."""
     packages = ("tensorflow", "keras", "numpy", "pillow", "boto3")
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def best_epoch(history: pd.DataFrame) -> int:
@@ -851,7 +957,9 @@ class RunFolder:
         output = self._arguments.output
         resume = self._arguments.resume
         if resume and not output:
-            raise UserError("--resume needs --output with the folder of a run that has begun to train")
+            raise UserError(
+                "--resume needs --output with the folder of a run that has begun to train"
+            )
         try:
             if self._copy:
                 self._copy.take(resume)
@@ -896,7 +1004,9 @@ class RunFolder:
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 self._lock = lock
         except BlockingIOError:
-            raise UserError(f"another run is at work in {path.parent}: use another --output") from None
+            raise UserError(
+                f"another run is at work in {path.parent}: use another --output"
+            ) from None
         finally:
             if not self._lock:
                 lock.close()
@@ -918,7 +1028,9 @@ class RunFolder:
         absent = [folder for folder in path.parents if not folder.exists()]
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # a run that fails has removed its parent meanwhile
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a run that fails has removed its parent meanwhile
                 path.mkdir()
                 break
         self._made = [path, *absent]
@@ -989,7 +1101,9 @@ class RunFolder:
         where = self._arguments.output
         try:
             types = {"epoch": int, "validation_auroc": float}
-            history = pd.read_csv(self.path / "history.csv", dtype=types, float_precision="round_trip")
+            history = pd.read_csv(
+                self.path / "history.csv", dtype=types, float_precision="round_trip"
+            )
             last = len(history)
             best = best_epoch(history)
             damaged = list(history["epoch"]) != list(range(1, last + 1))
@@ -998,9 +1112,14 @@ class RunFolder:
         if damaged:
             raise UserError(f"history.csv in {where} is damaged: start a new run")
         if last > self._arguments.epochs:
-            raise UserError(f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less")
+            raise UserError(
+                f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less"
+            )
         model.optimizer.build(model.trainable_variables)
-        for epoch in (best, last):  # a best one that cannot be read is better known now than after hours
+        for epoch in (
+            best,
+            last,
+        ):  # a best one that cannot be read is better known now than after hours
             self._load(model, epoch)
         self._drop_checkpoints(history)
         print(f"continuing after epoch {last}")
@@ -1016,7 +1135,9 @@ class RunFolder:
             self._copy.update(self.path)
 
     def keep(self, model: Any, history: pd.DataFrame) -> None:
-        """Keep the weights and optimizer of the last epoch of `history`, and then `history` itself."""
+        """Keep the weights and optimizer of the last epoch of `history`, and then `history`
+        itself.
+        """
         save_checkpoint(model, self._checkpoint(len(history)))
         # Those before stay until history.csv names the new one: a kill between the two loses
         # nothing.
@@ -1038,7 +1159,8 @@ class RunFolder:
         path = self._checkpoint(epoch)
         try:
             with warnings.catch_warnings():
-                # Keras only warns where the file has no state of the optimizer, and Adam would start anew.
+                # Keras only warns where the file has no state of the optimizer, and Adam would
+                # start anew.
                 warnings.filterwarnings("error", "Skipping")
                 model.load_weights(path)
         # What HDF5 and Keras make of a damaged file.
@@ -1061,8 +1183,12 @@ def save_checkpoint(model: Any, path: Path) -> None:
 
     Raises OSError where the disk has no room: HDF5 might crash then.
     """
-    numbers = sum(math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables])
-    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:  # 4 bytes each, and what HDF5 adds
+    numbers = sum(
+        math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables]
+    )
+    if (
+        shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20
+    ):  # 4 bytes each, and what HDF5 adds
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with replacing(path) as partial:
         model.save_weights(partial)
@@ -1087,10 +1213,13 @@ class S3Copy:
         self._prefix = f"{prefix}/" if prefix else ""
         self._credentials = credentials
         self._client = s3_client(credentials)
-        # Its content tells a PUT that is asked for again, as its answer was lost, from another run's.
+        # Its content tells a PUT that is asked for again, as its answer was lost, from another
+        # run's.
         self._claim = os.urandom(16).hex().encode()
         self._claimed = False
-        self._sent: dict[str, int] = {}  # time of the last change, in ns, of each file that the copy has
+        self._sent: dict[
+            str, int
+        ] = {}  # time of the last change, in ns, of each file that the copy has
         self._behind = ""  # why the copy is behind, if it is
 
     def _errors(self) -> Any:
@@ -1119,19 +1248,23 @@ class S3Copy:
                 if error.response["Error"].get("Code") not in taken:
                     raise
                 if not self._has_claim():
-                    fix = f"use another --output, or delete {self.CLAIM} there if that run has ended"
+                    fix = (
+                        f"use another --output, or delete {self.CLAIM} there if that run has ended"
+                    )
                     raise UserError(f"another run has taken {self._output}: {fix}") from None
             self._claimed = True
             begun = "config.json" in self._names()
             if begun and not resume:
                 self.give_back()
                 raise UserError(
-                    f"{self._output} holds another run: use another --output, or --resume to continue it"
+                    f"{self._output} holds another run: "
+                    "use another --output, or --resume to continue it"
                 )
             if resume and not begun:
                 self.give_back()
                 raise UserError(
-                    f"{self._output} has no run that has begun to train: check --output, or leave out --resume"
+                    f"{self._output} has no run that has begun to train: "
+                    "check --output, or leave out --resume"
                 )
 
     def _has_claim(self) -> bool:
@@ -1187,7 +1320,8 @@ class S3Copy:
         if self._behind:
             fix = f"when it answers: aws s3 cp --recursive {folder} {self._output}"
             raise CopyError(
-                f"{self._output} is behind {folder}, which has the whole run ({self._behind}); {fix}"
+                f"{self._output} is behind {folder}, which has the whole run "
+                f"({self._behind}); {fix}"
             )
 
 
@@ -1245,10 +1379,14 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     positives = labels.sum(axis=0, dtype=float)
     rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
     with np.errstate(invalid="ignore"):
-        return (rank_sums - positives * (positives + 1) / 2) / (positives * (len(labels) - positives))
+        return (rank_sums - positives * (positives + 1) / 2) / (
+            positives * (len(labels) - positives)
+        )
 
 
-def bootstrap_auroc(labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int) -> pd.DataFrame:
+def bootstrap_auroc(
+    labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int
+) -> pd.DataFrame:
     """AUROC (1000, 15) of resamples of patients, not of images: one patient's images are not
     independent.
     """
@@ -1323,7 +1461,8 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
     axes["labels"].errorbar(from_top["AUROC"], names, xerr=bars, fmt="o", capsize=3)
     axes["labels"].axvline(0.5, color="grey", linestyle=":")
     axes["labels"].set(
-        xlabel="test AUROC with 95 % interval (in brackets: positive images; mean: all)", xlim=(0, 1.02)
+        xlabel="test AUROC with 95 % interval (in brackets: positive images; mean: all)",
+        xlim=(0, 1.02),
     )
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120)
@@ -1345,7 +1484,12 @@ def or_none(number_or_nan: float) -> Optional[float]:
 
 
 def write_result(
-    folder: Path, model: Any, table: pd.DataFrame, report: pd.DataFrame, history: pd.DataFrame, measured: dict
+    folder: Path,
+    model: Any,
+    table: pd.DataFrame,
+    report: pd.DataFrame,
+    history: pd.DataFrame,
+    measured: dict,
 ) -> None:
     """Write model.keras, report.png and metrics.json, and print the table and, as the last line,
     the result.
@@ -1400,7 +1544,11 @@ def write_result(
         )  # the same layers, no optimizer
     draw_report(folder / "report.png", report, history)
     write(folder / "metrics.json", json.dumps(result, indent=2))
-    print(report.to_string(float_format="{:.3f}".format, na_rep="-"), f"run folder: {folder}", sep="\n")
+    print(
+        report.to_string(float_format="{:.3f}".format, na_rep="-"),
+        f"run folder: {folder}",
+        sep="\n",
+    )
     print(f"evaluated: epoch {best} of {len(history)}, the one of the highest validation AUROC")
     print(json.dumps(result), flush=True)
 
@@ -1417,7 +1565,9 @@ def open_cache(path: Path) -> sqlite3.Connection:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     cache = sqlite3.connect(path, timeout=60, isolation_level=None)
-    cache.execute("PRAGMA journal_mode = WAL")  # several scripts at once, and no fsync for each image
+    cache.execute(
+        "PRAGMA journal_mode = WAL"
+    )  # several scripts at once, and no fsync for each image
     cache.execute("PRAGMA synchronous = NORMAL")
     columns = "source TEXT, key TEXT, size INTEGER, etag TEXT, crc INTEGER, pixels BLOB"
     cache.execute(f"CREATE TABLE IF NOT EXISTS pixels ({columns}, PRIMARY KEY (source, key, size))")
@@ -1433,7 +1583,10 @@ def set_aside(path: Path) -> None:
     for ending in ("", "-wal", "-shm"):
         if Path(f"{path}{ending}").exists():
             Path(f"{path}{ending}").rename(f"{aside}{ending}")
-    print(f"{path} is damaged or no pixel cache: it is now {aside}, and a new cache is made", flush=True)
+    print(
+        f"{path} is damaged or no pixel cache: it is now {aside}, and a new cache is made",
+        flush=True,
+    )
 
 
 def ingest(
@@ -1459,7 +1612,8 @@ def fill_pixels(
     size = arguments.image_size
     if len(table) * size**2 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(
-            f"{len(table)} images of {size} x {size} are more than this machine's memory: use --limit"
+            f"{len(table)} images of {size} x {size} are more than this machine's memory: "
+            "use --limit"
         )
     pixels = np.empty((len(table), size, size), np.uint8)
     skipped: dict[int, str] = {}
@@ -1468,22 +1622,34 @@ def fill_pixels(
     with contextlib.closing(open_cache(path)) as cache:
         # The text is compared by SQLite, and the cast is for damage too: Python would fail on text
         # that is not UTF-8.
-        what = "crc, CAST(pixels AS BLOB) FROM pixels WHERE source = ? AND key = ? AND size = ? AND etag = ?"
+        query = (
+            "SELECT crc, CAST(pixels AS BLOB) FROM pixels "
+            "WHERE source = ? AND key = ? AND size = ? AND etag = ?"
+        )
         for row, (key, etag) in enumerate(zip(table["key"], table["etag"])):
-            hit = cache.execute(f"SELECT {what}", (source, key, size, etag)).fetchone()
+            hit = cache.execute(query, (source, key, size, etag)).fetchone()
             if hit and hit[1] and hit[0] == zlib.crc32(hit[1]):
                 pixels[row] = np.frombuffer(hit[1], np.uint8).reshape(size, size)
             else:
                 missing[row] = key
         cached = len(table) - len(missing)
         arrivals = fetch_images(client, arguments.bucket, missing, size)
-        for row, image, reason in tqdm(arrivals, "radiographs", len(table), unit="", initial=cached):
+        for row, image, reason in tqdm(
+            arrivals, "radiographs", len(table), unit="", initial=cached
+        ):
             if image is None:
                 skipped[row] = reason
                 check_skipped(skipped, table, arguments.max_skipped)
                 continue
             pixels[row] = image
-            entry = (source, missing[row], size, table["etag"][row], zlib.crc32(image), image.tobytes())
+            entry = (
+                source,
+                missing[row],
+                size,
+                table["etag"][row],
+                zlib.crc32(image),
+                image.tobytes(),
+            )
             cache.execute("INSERT OR REPLACE INTO pixels VALUES (?, ?, ?, ?, ?, ?)", entry)
     table.loc[list(skipped), "split"] = "skipped"
     check_splits(table, arguments.batch_size)
@@ -1521,7 +1687,9 @@ class KerasTrainer:
         import keras
 
         class OneEpoch(keras.callbacks.Callback):
-            """Ends the fit, which is told of all epochs to show the number of this one among them."""
+            """Ends the fit, which is told of all epochs to show the number of this one among
+            them.
+            """
 
             def on_epoch_end(self, epoch: int, logs: Optional[dict] = None) -> None:
                 self.model.stop_training = True

@@ -1,4 +1,6 @@
-"""Fixtures that several test modules share: an S3 server with the sample bucket, and one finished run on it."""
+"""Fixtures that several test modules share: an S3 server with the sample bucket, and one finished
+run on it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_
 
 import xray_tensorflow as xray
 
-# A shell's background job ignores Ctrl-C, and would hand that on to the scripts that the tests interrupt.
+# A shell's background job ignores Ctrl-C, and would hand that on to the scripts that the tests
+# interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keras' folder for downloads: an empty one, whatever the machine has. Keras reads its name at import."""
+    """Keras' folder for downloads: an empty one, whatever the machine has. Keras reads its name at
+    import.
+    """
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("keras")
         patch.setenv("KERAS_HOME", str(folder))
@@ -34,7 +39,8 @@ def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def no_secret_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """After all tests: of the files that they wrote, only the credentials files may hold a secret.
 
-    Packages that a test installed are not read: there are gigabytes of them, and no script wrote them.
+    Packages that a test installed are not read: there are gigabytes of them, and no script wrote
+    them.
     """
     yield
     for folder, folders, names in os.walk(tmp_path_factory.getbasetemp()):
@@ -45,7 +51,9 @@ def no_secret_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def keras(keras_home: Path) -> Any:
-    """Keras with TensorFlow as xray_tensorflow.py starts it, which can be done once in a process."""
+    """Keras with TensorFlow as xray_tensorflow.py starts it, which can be done once in a
+    process.
+    """
     xray.limit_tensorflow(1)
     import keras
 
@@ -54,7 +62,9 @@ def keras(keras_home: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The credentials file of an S3 server that holds the sample bucket with radiographs of 64 x 64."""
+    """The credentials file of an S3 server that holds the sample bucket with radiographs of 64 x
+    64.
+    """
     folder = tmp_path_factory.mktemp("s3")
     with serve() as endpoint:
         fill_bucket(connect(endpoint), BUCKET, read_rows(), 64)
@@ -72,7 +82,9 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One run from nothing to the result line, shared by many tests: the script alone in a folder, on its defaults."""
+    """One run from nothing to the result line, shared by many tests: the script alone in a folder,
+    on its defaults.
+    """
     folder = tmp_path_factory.mktemp("run")
     shutil.copy(SCRIPT, folder)
     shutil.copy(credentials, folder / "credentials.yml")
@@ -85,12 +97,15 @@ def run(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, credentials: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    credentials: Path,
 ) -> Callable[..., str]:
     """Call the script with options that must fail for a reason the user can fix: its error line.
 
-    In this process, from an empty folder, which must stay as it was. It is not held to a core: pytest's later tests
-    would be too.
+    In this process, from an empty folder, which must stay as it was. It is not held to a core:
+    pytest's later tests would be too.
     """
 
     def call(*options: object) -> str:

@@ -1,4 +1,6 @@
-"""What several test modules call: options, credentials files, bad runs and the script as a process."""
+"""What several test modules call: options, credentials files, bad runs and the script as a
+process.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "xray_tensorflow.py"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SECRETS = {"aws_secret_key_id": "Tru5tNo0neWithThis", "aws_session_token": "T0kenToKeepToOneself"}
-# A run of the whole sample in seconds, most of which TensorFlow takes to start and to trace its graph.
+# A run of the whole sample in seconds, most of which TensorFlow takes to start and to trace its
+# graph.
 QUICK = [
     "--weights",
     "none",
@@ -88,7 +91,9 @@ def one_line(code: int, stderr: str) -> str:
     assert code == 2, stderr
     assert "Traceback" not in stderr
     assert not any(secret in stderr for secret in SECRETS.values())
-    assert [line for line in stderr.splitlines() if "error:" in line] == stderr.splitlines()[-1:], stderr
+    assert [line for line in stderr.splitlines() if "error:" in line] == stderr.splitlines()[-1:], (
+        stderr
+    )
     script, error, problem = stderr.splitlines()[-1].split(": ", 2)
     assert (script, error) == ("xray_tensorflow.py", "error")
     return problem
@@ -99,7 +104,9 @@ def secrets_in(data: bytes) -> bool:
 
 
 def check_processes() -> None:
-    """Fail where a process of this session has a secret in its command line or environment, where ps would show it."""
+    """Fail where a process of this session has a secret in its command line or environment, where
+    ps would show it.
+    """
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             if os.getsid(int(folder.name)) == os.getsid(0):
@@ -118,7 +125,9 @@ class Finished(NamedTuple):
 
 
 def run_process(
-    command: list[Any], cwd: Path = ROOT, stop: tuple[Callable[[], bool], signal.Signals] | None = None
+    command: list[Any],
+    cwd: Path = ROOT,
+    stop: tuple[Callable[[], bool], signal.Signals] | None = None,
 ) -> Finished:
     """Run a command to its end. With `stop`, send it the signal as soon as the call returns True.
 
@@ -127,7 +136,9 @@ def run_process(
     start = time.monotonic()
     looked = 0.0
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        child = subprocess.Popen([str(word) for word in command], cwd=cwd, stdout=stdout, stderr=stderr)
+        child = subprocess.Popen(
+            [str(word) for word in command], cwd=cwd, stdout=stdout, stderr=stderr
+        )
         try:
             while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
                 assert time.monotonic() - start < 400, "the process hangs"
@@ -146,7 +157,9 @@ def run_process(
         child.returncode = code = os.waitstatus_to_exitcode(status)
         stdout.seek(0)
         stderr.seek(0)
-        finished = Finished(code, stdout.read(), stderr.read(), wall, usage.ru_utime + usage.ru_stime)
+        finished = Finished(
+            code, stdout.read(), stderr.read(), wall, usage.ru_utime + usage.ru_stime
+        )
         assert not secrets_in((finished.stdout + finished.stderr).encode())
         return finished
 
@@ -180,12 +193,15 @@ def ceph_client(endpoint: str) -> Any:
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
 
-# By `instances` the script knows for how many executors to wait: on a busy machine they come one by one.
+# By `instances` the script knows for how many executors to wait: on a busy machine they come one by
+# one.
 CLUSTER = ["--master", "local-cluster[2,1,2048]", "--conf", "spark.executor.instances=2"]
 
 
 def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
-    """Run xray_elephas.py, as it lies alone in `folder`, by spark-submit on two executors of one core."""
+    """Run xray_elephas.py, as it lies alone in `folder`, by spark-submit on two executors of one
+    core.
+    """
     settings = [word for setting in conf for word in ("--conf", setting)]
     shutil.copy(ROOT / "xray_elephas.py", folder)
     program = Path(sys.executable).with_name("spark-submit")
@@ -195,7 +211,9 @@ def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) 
 
 
 def error_line(finished: Finished) -> str:
-    """The error of a submitted run that met something the user can fix: one line, no trace of Python or Java."""
+    """The error of a submitted run that met something the user can fix: one line, no trace of
+    Python or Java.
+    """
     shown = (
         finished.stderr + finished.stdout
     )  # spark-submit passes on as stdout what the script writes to stderr

@@ -1,21 +1,25 @@
-"""Try a training script with no AWS account: an S3 server on this machine, filled with a small sample bucket.
+"""Try a training script with no AWS account: an S3 server on this machine, filled with a small
+sample bucket.
 
     python tests/sample_bucket.py xray_tensorflow.py [options of the script]
 
-starts moto's S3 server on 127.0.0.1, fills the bucket cs205-project-xray, writes a credentials.yml and runs the script
-on it as a user would. The options given here come after the sample's own, so they win. When the script ends, the server
-and the temporary folder go, and its exit code is handed on.
+starts moto's S3 server on 127.0.0.1, fills the bucket cs205-project-xray, writes a credentials.yml
+and runs the script on it as a user would. The options given here come after the sample's own, so
+they win. When the script ends, the server and the temporary folder go, and its exit code is handed
+on.
 
-The labels are real. tests/sample_labels.csv holds rows of Data_Entry_2017_v2020.csv, copied verbatim: all images (at
-most four, drawn) of 130 patients drawn at random (seed 0), then one or two rows each of further patients with a
-finding, rarest finding first, until for seed 0 each finding has 9 rows in the training split, 2 in validation and 4 in
-test, or as many as its real share of 360 rows asks for. So the rare findings are commoner here than in the real file.
-They come from the NIH Clinical Center, the data provider (https://nihcc.app.box.com/v/ChestXray-NIHCC): Wang et al.,
-"ChestX-ray8: Hospital-scale Chest X-ray Database and Benchmarks on Weakly-Supervised Classification and Localization of
-Common Thorax Diseases", CVPR 2017.
+The labels are real. tests/sample_labels.csv holds rows of Data_Entry_2017_v2020.csv, copied
+verbatim: all images (at most four, drawn) of 130 patients drawn at random (seed 0), then one or two
+rows each of further patients with a finding, rarest finding first, until for seed 0 each finding
+has 9 rows in the training split, 2 in validation and 4 in test, or as many as its real share of 360
+rows asks for. So the rare findings are commoner here than in the real file. They come from the NIH
+Clinical Center, the data provider (https://nihcc.app.box.com/v/ChestXray-NIHCC): Wang et al.,
+"ChestX-ray8: Hospital-scale Chest X-ray Database and Benchmarks on Weakly-Supervised Classification
+and Localization of Common Thorax Diseases", CVPR 2017.
 
-The radiographs are not real: each is drawn from the file's name and the findings of its row, as a cartoon of what a
-radiologist would see. A network that scores well on them has shown that the program works, nothing more.
+The radiographs are not real: each is drawn from the file's name and the findings of its row, as a
+cartoon of what a radiologist would see. A network that scores well on them has shown that the
+program works, nothing more.
 """
 
 from __future__ import annotations
@@ -48,9 +52,7 @@ from PIL import Image
 
 BUCKET = "cs205-project-xray"
 LABELS = Path(__file__).with_name("sample_labels.csv")
-TRUNCATED = (
-    "00001704_000.png"  # a 'No Finding' of the training split for seed 0: its upload broke off half way
-)
+TRUNCATED = "00001704_000.png"  # a 'No Finding' of the training split for seed 0: its upload broke off half way
 # Enough for a test AUROC of about 0.9 after a minute of training on one core.
 DEFAULTS = [
     "--weights",
@@ -64,14 +66,18 @@ DEFAULTS = [
     "--learning-rate",
     "1e-3",
 ]
-GRID = 320  # side in pixels of the square the anatomy is drawn on, before it is enlarged to the film
+GRID = (
+    320  # side in pixels of the square the anatomy is drawn on, before it is enlarged to the film
+)
 
 
 # ---- the look-alike radiograph ----
 
 
 class Chest(NamedTuple):
-    """A body on film. Arrays are (GRID, GRID); x and y run from 0 to 1; lung 0 is the one on the left of the film."""
+    """A body on film. Arrays are (GRID, GRID); x and y run from 0 to 1; lung 0 is the one on the
+    left of the film.
+    """
 
     film: np.ndarray  # grey levels, 0 black to 255 white, painted on in place
     x: np.ndarray
@@ -84,8 +90,12 @@ class Chest(NamedTuple):
 
 
 def random_stream(*words: str) -> np.random.Generator:
-    """A generator that depends on the words alone, so that an image can be drawn again, in any order."""
-    return np.random.default_rng(int.from_bytes(hashlib.sha256("/".join(words).encode()).digest()[:8], "big"))
+    """A generator that depends on the words alone, so that an image can be drawn again, in any
+    order.
+    """
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256("/".join(words).encode()).digest()[:8], "big")
+    )
 
 
 def inside(distance: np.ndarray, edge: float) -> np.ndarray:
@@ -94,18 +104,24 @@ def inside(distance: np.ndarray, edge: float) -> np.ndarray:
 
 
 def clouds(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Smooth noise (GRID, GRID) of unit variance or so, with blobs of 1 / `cells` of the film's width."""
+    """Smooth noise (GRID, GRID) of unit variance or so, with blobs of 1 / `cells` of the film's
+    width.
+    """
     coarse = rng.standard_normal((cells, cells), dtype=np.float32)
     return np.asarray(Image.fromarray(coarse).resize((GRID, GRID), Image.Resampling.BICUBIC))
 
 
 def blend(chest: Chest, weight: np.ndarray, level: float | np.ndarray) -> None:
-    """Draw the film towards a grey level: weight (GRID, GRID), 0 leaves a pixel as it is, 1 covers it."""
+    """Draw the film towards a grey level: weight (GRID, GRID), 0 leaves a pixel as it is, 1 covers
+    it.
+    """
     chest.film[:] += (level - chest.film) * weight
 
 
 def draw_chest(patient: str, findings: Collection[str]) -> Chest:
-    """The patient's chest, healthy but for the two findings that change its shape: Cardiomegaly and Emphysema."""
+    """The patient's chest, healthy but for the two findings that change its shape: Cardiomegaly and
+    Emphysema.
+    """
     rng = random_stream(patient)
     y, x = np.mgrid[0:GRID, 0:GRID].astype(np.float32) / GRID
     centre, width, top, base = rng.normal((0.5, 0.175, 0.12, 0.78), (0.01, 0.005, 0.01, 0.01))
@@ -122,7 +138,9 @@ def draw_chest(patient: str, findings: Collection[str]) -> Chest:
         floor = y - base + dome * np.clip(1.1 - u[-1] ** 2, -1, 1) - 0.02 * side
         lung.append(inside(np.maximum(wall, floor * 4), 0.16))
     chest = Chest(np.full_like(x, 18), x, y, tuple(u), v, tuple(lung), centre, base)
-    draw_body(chest, tissue, air + 4 * clouds(rng, 48) + 3 * clouds(rng, 24))  # air and blood vessels
+    draw_body(
+        chest, tissue, air + 4 * clouds(rng, 48) + 3 * clouds(rng, 24)
+    )  # air and blood vessels
     draw_middle(chest, heart)
     return chest
 
@@ -130,7 +148,9 @@ def draw_chest(patient: str, findings: Collection[str]) -> Chest:
 def draw_body(chest: Chest, tissue: float, air: np.ndarray) -> None:
     """Neck, shoulders, flanks, abdomen, lungs, ribs and collar bones."""
     aside = np.abs(chest.x - chest.centre)
-    trunk = np.maximum(aside - 0.44 - 0.1 * inside(chest.y - 0.4, 0.3), 0.3 * aside + 0.02 - chest.y)
+    trunk = np.maximum(
+        aside - 0.44 - 0.1 * inside(chest.y - 0.4, 0.3), 0.3 * aside + 0.02 - chest.y
+    )
     body = np.maximum(inside(trunk, 0.05), inside(aside - 0.12, 0.06))
     lungs = chest.lung[0] + chest.lung[1]
     blend(chest, body, tissue)
@@ -146,12 +166,17 @@ def draw_body(chest: Chest, tissue: float, air: np.ndarray) -> None:
 
 
 def draw_middle(chest: Chest, heart: float) -> None:
-    """Spine, great vessels, the roots of the lungs, and a heart `heart` film widths in half-width."""
+    """Spine, great vessels, the roots of the lungs, and a heart `heart` film widths in
+    half-width.
+    """
     aside = chest.x - chest.centre
     spine = inside(np.abs(aside) - 0.055, 0.06) * (0.8 + 0.1 * np.cos(2 * np.pi * 18 * chest.y))
     across, down = aside - 0.3 * heart, chest.y - chest.base + 0.19
     beat = np.hypot((across - 0.25 * down) / heart, (down + 0.15 * across) / 0.15) - 1
-    roots = [inside(np.hypot(aside - side * 0.1, chest.y - 0.42) / 0.07 - 1, 1.4) * 0.5 for side in (-1, 1)]
+    roots = [
+        inside(np.hypot(aside - side * 0.1, chest.y - 0.42) / 0.07 - 1, 1.4) * 0.5
+        for side in (-1, 1)
+    ]
     for weight in (*roots, spine, 0.9 * inside(beat, 0.25)):
         blend(chest, weight, 205)
 
@@ -164,7 +189,9 @@ def some_lungs(rng: np.random.Generator, both: float) -> list[int]:
     return [0, 1] if rng.random() < both else [int(rng.integers(2))]
 
 
-def paint_discs(chest: Chest, rng: np.random.Generator, lungs: list[int], radius: float, edge: float) -> None:
+def paint_discs(
+    chest: Chest, rng: np.random.Generator, lungs: list[int], radius: float, edge: float
+) -> None:
     """A bright disc somewhere in each of the lungs; radius in film widths."""
     for lung in lungs:
         places = np.flatnonzero((np.abs(chest.u[lung]) < 0.65) & (np.abs(chest.v - 0.46) < 0.3))
@@ -178,7 +205,11 @@ def atelectasis(chest: Chest, rng: np.random.Generator) -> None:
     for lung in some_lungs(rng, both=0.5):
         height, tilt = chest.v - rng.uniform(0.44, 0.52), rng.uniform(-0.08, 0.08) * chest.u[lung]
         for plate in range(3):
-            blend(chest, chest.lung[lung] * inside(np.abs(height - 0.14 * plate - tilt) - 0.025, 0.025), 215)
+            blend(
+                chest,
+                chest.lung[lung] * inside(np.abs(height - 0.14 * plate - tilt) - 0.025, 0.025),
+                215,
+            )
 
 
 def consolidation(chest: Chest, rng: np.random.Generator) -> None:
@@ -251,7 +282,9 @@ def pneumonia(chest: Chest, rng: np.random.Generator) -> None:
     patch = np.hypot(chest.u[lung] / 1.1, (chest.v - rng.uniform(0.5, 0.58)) / 0.27) - 1
     fan = (chest.x + 0.012 * clouds(rng, 5)) / rng.uniform(0.065, 0.075)
     blend(
-        chest, chest.lung[lung] * inside(patch, 0.25), 140 + 80 * np.clip(2 * np.cos(2 * np.pi * fan), -1, 1)
+        chest,
+        chest.lung[lung] * inside(patch, 0.25),
+        140 + 80 * np.clip(2 * np.cos(2 * np.pi * fan), -1, 1),
     )
 
 
@@ -263,7 +296,8 @@ def pneumothorax(chest: Chest, rng: np.random.Generator) -> None:
     blend(chest, chest.lung[lung] * inside(np.abs(fallen + 0.03) - 0.025, 0.04), 185)
 
 
-# In the order of painting: what fills the lung first, so that small signs stay visible on top of it.
+# In the order of painting: what fills the lung first, so that small signs stay visible on top of
+# it.
 PAINTERS = {
     "Infiltration": infiltration,
     "Edema": edema,
@@ -282,15 +316,18 @@ PAINTERS = {
 
 @functools.lru_cache(maxsize=1)
 def film_grain(size: int) -> np.ndarray:
-    """Noise of unit variance (size + 256, size + 256): each film cuts its own window, as drawing noise is slow."""
+    """Noise of unit variance (size + 256, size + 256): each film cuts its own window, as drawing
+    noise is slow.
+    """
     return random_stream("grain").standard_normal((size + 256, size + 256), dtype=np.float32)
 
 
 def draw_radiograph(name: str, findings: Collection[str], size: int = 1024) -> bytes:
     """A PNG of size x size pixels that looks like a frontal chest radiograph with these findings.
 
-    The name (`00000001_000.png`) decides everything else: its first eight characters, the patient, the anatomy, and
-    the whole of it the exposure and where the findings sit. One film in fifty or so is RGBA, as in the real data.
+    The name (`00000001_000.png`) decides everything else: its first eight characters, the patient,
+    the anatomy, and the whole of it the exposure and where the findings sit. One film in fifty or
+    so is RGBA, as in the real data.
     """
     chest = draw_chest(name[:8], findings)
     for finding, paint in PAINTERS.items():
@@ -298,8 +335,11 @@ def draw_radiograph(name: str, findings: Collection[str], size: int = 1024) -> b
             paint(chest, random_stream(name, finding))
     rng = random_stream(name)
     exposed = 120 + (chest.film - 120) * rng.uniform(0.85, 1.0) + rng.uniform(-8, 8)
-    # The margins keep the grain from being cut off at black or white: a file's size must not tell of its findings.
-    large = Image.fromarray(np.clip(exposed, 10, 245)).resize((size, size), Image.Resampling.BILINEAR)
+    # The margins keep the grain from being cut off at black or white: a file's size must not tell
+    # of its findings.
+    large = Image.fromarray(np.clip(exposed, 10, 245)).resize(
+        (size, size), Image.Resampling.BILINEAR
+    )
     top, left = rng.integers(0, 256, 2)
     grain = film_grain(size)[top : top + size, left : left + size]
     image = Image.fromarray((np.asarray(large) + rng.uniform(0.8, 1.4) * grain).astype(np.uint8))
@@ -316,11 +356,15 @@ def draw_radiograph(name: str, findings: Collection[str], size: int = 1024) -> b
 def read_rows(labels: Path = LABELS) -> list[tuple[str, list[str]]]:
     """(image name, its findings) for each row of the label file."""
     with labels.open(newline="") as file:
-        return [(row["Image Index"], row["Finding Labels"].split("|")) for row in csv.DictReader(file)]
+        return [
+            (row["Image Index"], row["Finding Labels"].split("|")) for row in csv.DictReader(file)
+        ]
 
 
 def serve_until(address: str, ours: Connection) -> None:
-    """Serve, with the port sent to `ours`, until its other end is closed, as the kernel does for a killed process."""
+    """Serve, with the port sent to `ours`, until its other end is closed, as the kernel does for a
+    killed process.
+    """
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # the terminal's Ctrl-C is for the script, which may still fetch
@@ -356,8 +400,12 @@ def connect(endpoint: str) -> BaseClient:
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
 
-def fill_bucket(client: BaseClient, bucket: str, rows: list[tuple[str, list[str]]], size: int = 1024) -> None:
-    """Make the bucket and put the label file in it, and under images/ a radiograph of size x size pixels a row."""
+def fill_bucket(
+    client: BaseClient, bucket: str, rows: list[tuple[str, list[str]]], size: int = 1024
+) -> None:
+    """Make the bucket and put the label file in it, and under images/ a radiograph of size x size
+    pixels a row.
+    """
 
     def put(row: tuple[str, list[str]]) -> None:
         name, findings = row
@@ -388,7 +436,8 @@ def write_credentials(folder: Path, endpoint: str) -> Path:
 def run_script(command: list[str]) -> int:
     """Run the command to its end and return its exit code, as a shell would give it."""
     print("running:", subprocess.list2cmdline(command), file=sys.stderr, flush=True)
-    # The terminal sends Ctrl-C to the script too, which ends in its own way: wait for it, do not die before it.
+    # The terminal sends Ctrl-C to the script too, which ends in its own way: wait for it, do not
+    # die before it.
     signal.signal(signal.SIGINT, lambda *_: None)
     script = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda *_: script.terminate())
@@ -397,7 +446,9 @@ def run_script(command: list[str]) -> int:
 
 
 def main() -> int:
-    """Serve the sample bucket, run the script of the command line on it, and return its exit code."""
+    """Serve the sample bucket, run the script of the command line on it, and return its exit
+    code.
+    """
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print("usage: python tests/sample_bucket.py SCRIPT.py [options of the script]")
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
@@ -408,11 +459,14 @@ def main() -> int:
     rows = read_rows()
     with serve() as endpoint, tempfile.TemporaryDirectory(prefix="sample_bucket_") as folder:
         print(
-            f"drawing {len(rows)} radiographs into s3://{BUCKET} at {endpoint}", file=sys.stderr, flush=True
+            f"drawing {len(rows)} radiographs into s3://{BUCKET} at {endpoint}",
+            file=sys.stderr,
+            flush=True,
         )
         fill_bucket(connect(endpoint), BUCKET, rows)
         credentials = str(write_credentials(Path(folder), endpoint))
-        # A cache of its own: these films bear the names of real ones, whose pixels they must not replace in cache/.
+        # A cache of its own: these films bear the names of real ones, whose pixels they must not
+        # replace in cache/.
         sample = ["--credentials", credentials, "--cache", str(Path(folder, "cache")), *DEFAULTS]
         return run_script([sys.executable, script, *sample, *options])
 

@@ -1,4 +1,5 @@
-"""Measure speed, memory and learning against what a user would write instead; writes the tables of docs/results.md.
+"""Measure speed, memory and learning against what a user would write instead; writes the tables of
+docs/results.md.
 
     pip install -r tests/benchmark/requirements.txt
     python tests/benchmark/benchmark.py                    everything, on two idle cores
@@ -59,7 +60,11 @@ def arguments_of(*options: Any, **more: Any) -> argparse.Namespace:
 def figures(values: list[float], digits: int = 1) -> str:
     """Median and, of several, the range."""
     shown = f"{statistics.median(values):,.{digits}f}"
-    return shown if len(values) == 1 else f"{shown} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    return (
+        shown
+        if len(values) == 1
+        else f"{shown} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    )
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
@@ -140,38 +145,54 @@ def steps() -> str:
             if weights != "none":
                 weights = save_weights(folder)
             arguments = arguments_of("--weights", weights, "--epochs", 1000, threads=threads)
-            speeds = peers.measure_in_turns([getattr(peers, name) for name in TRAINERS], arguments, 128, 3)
+            speeds = peers.measure_in_turns(
+                [getattr(peers, name) for name in TRAINERS], arguments, 128, 3
+            )
             rows = [
                 (TRAINERS[name], figures(speed), times(speeds["our_training"], speed))
                 for name, speed in speeds.items()
             ]
-            parts.append(f"**{title}**\n\n{table('what | images a second | ours against it', rows)}")
+            parts.append(
+                f"**{title}**\n\n{table('what | images a second | ours against it', rows)}"
+            )
     return "\n\n".join(parts)
 
 
 def cores() -> str:
-    """What more cores give to training without Spark: TensorFlow's own threads, and processes that share nothing."""
+    """What more cores give to training without Spark: TensorFlow's own threads, and processes that
+    share nothing.
+    """
     one, two, together = [], [], []
     for _ in range(3):  # in turns, as the machine may not be as fast all the time
         for speeds, threads in ((one, 1), (two, 2)):
             arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=threads)
-            speeds += peers.measure_in_turns([peers.our_training], arguments, 256, 2)["our_training"]
+            speeds += peers.measure_in_turns([peers.our_training], arguments, 256, 2)[
+                "our_training"
+            ]
         arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=1)
         together += peers.measure_together(peers.our_training, arguments, 256, 2, count=2)
     rows = [
         ("xray_tensorflow.py on one core", figures(one), "1.00"),
         ("xray_tensorflow.py --threads 2", figures(two), f"{ratio(two, one):.2f}"),
-        ("two processes of it, which share nothing", figures(together), f"{ratio(together, one):.2f}"),
+        (
+            "two processes of it, which share nothing",
+            figures(together),
+            f"{ratio(together, one):.2f}",
+        ),
     ]
     return table("128 pixels, from scratch, no Spark | images a second | against one core", rows)
 
 
 def save_weights(folder: str) -> str:
-    """A file of weights for the CNN, made in a process of its own: which ones does not change the speed."""
+    """A file of weights for the CNN, made in a process of its own: which ones does not change the
+    speed.
+    """
     path = f"{folder}/mobilenet.weights.h5"
     code = "import sys, keras; m = keras.applications.MobileNet((128, 128, 3), include_top=False, weights=None); "
     subprocess.run(
-        [sys.executable, "-c", code + "m.save_weights(sys.argv[1])", path], check=True, capture_output=True
+        [sys.executable, "-c", code + "m.save_weights(sys.argv[1])", path],
+        check=True,
+        capture_output=True,
     )
     return path
 
@@ -180,7 +201,9 @@ def save_weights(folder: str) -> str:
 
 
 def made_up_bucket(images: int, size: int = 1024, distinct: int = 40) -> dict[str, bytes]:
-    """Label file and radiographs by key: `images` of them in the sample's proportions, of `distinct` files."""
+    """Label file and radiographs by key: `images` of them in the sample's proportions, of
+    `distinct` files.
+    """
     rows, draw = read_rows(), random.Random(0)
     files = []
     for name, findings in rows[:distinct]:
@@ -214,7 +237,9 @@ def pixels() -> str:
         chosen = [peers.bare_decoding, peers.our_ingest]
         speeds = peers.measure_in_turns(chosen, arguments, 1200, 4)
         # On more images, as most of what it takes for few is to connect and list.
-        cached = peers.measure_in_turns([peers.our_cached_start], arguments, 4000, 5)["our_cached_start"]
+        cached = peers.measure_in_turns([peers.our_cached_start], arguments, 4000, 5)[
+            "our_cached_start"
+        ]
         both = [peers.training_from_the_bucket, peers.our_training]
         epochs = peers.measure_in_turns(
             both, argparse.Namespace(**{**vars(arguments), "epochs": 1000}), 192, 3
@@ -232,7 +257,11 @@ def pixels() -> str:
         ("an epoch that fetches and decodes in each step, stock Keras", figures(naive), ""),
         ("an epoch of xray_tensorflow.py", figures(training), f"{ratio(training, naive):.1f}"),
     ]
-    once = 5 / statistics.median(naive) / (1 / statistics.median(ours) + 5 / statistics.median(training))
+    once = (
+        5
+        / statistics.median(naive)
+        / (1 / statistics.median(ours) + 5 / statistics.median(training))
+    )
     kept = f"Five epochs with ingest: {once:.1f} times faster than fetching in each epoch (computed from the rows)."
     return table("one core | images a second | ratio", rows) + "\n\n" + kept
 
@@ -241,13 +270,16 @@ def pixels() -> str:
 
 
 def run_whole(script: str, options: list[Any], output: Path, workers: int = 2) -> dict:
-    """A script's result line; its history as `history`, and the JVM's peak memory in MB where it has one."""
+    """A script's result line; its history as `history`, and the JVM's peak memory in MB where it
+    has one.
+    """
     command = [Path(sys.executable), ROOT / script]
     if script == "xray_elephas.py":
         command = [
             Path(sys.executable).with_name("spark-submit"),
             *("--master", f"local-cluster[{workers},1,1024]"),
-            # So small that what Java has in memory is what it needs, not garbage that it had no reason to collect.
+            # So small that what Java has in memory is what it needs, not garbage that it had no
+            # reason to collect.
             *("--driver-memory", "512m"),
             command[1],
         ]
@@ -274,18 +306,32 @@ def peak_memory(pid: int) -> int:
 
 
 def scripts() -> str:
-    """The sequential script against Elephas with two workers of one core each: ingest, epochs, memory."""
+    """The sequential script against Elephas with two workers of one core each: ingest, epochs,
+    memory.
+    """
     runs, small = {}, {}
     with served(made_up_bucket(6000)) as (folder, credentials):
         for script in ("xray_tensorflow.py", "xray_elephas.py"):
-            options = ["--credentials", credentials, "--epochs", 3, "--cache", folder / f"cache-{script}"]
+            options = [
+                "--credentials",
+                credentials,
+                "--epochs",
+                3,
+                "--cache",
+                folder / f"cache-{script}",
+            ]
             runs[script] = run_whole(script, options, folder / script)
-            small[script] = run_whole(script, [*options, "--limit", 500], folder / f"{script}-small")
+            small[script] = run_whole(
+                script, [*options, "--limit", 500], folder / f"{script}-small"
+            )
     one, two = runs.values()
     rows = [
         (what, figures([value(one)]), figures([value(two)]), times([value(two)], [value(one)]))
         for what, value in (
-            ("ingest, images a second (50 ms a GET)", lambda run: run["ingest"]["images_per_second"]),
+            (
+                "ingest, images a second (50 ms a GET)",
+                lambda run: run["ingest"]["images_per_second"],
+            ),
             ("training, images a second, epochs after the first", speed_of),
         )
     ]
@@ -304,15 +350,19 @@ def scripts() -> str:
         )
     )
     memory = [
-        (f"{count:,} images", *(f"{run['peak_memory_mb']['driver']:,}" for run in pair.values()), f"{java:,}")
+        (
+            f"{count:,} images",
+            *(f"{run['peak_memory_mb']['driver']:,}" for run in pair.values()),
+            f"{java:,}",
+        )
         for count, pair in ((500, small), (6000, runs))
         for java in [pair["xray_elephas.py"]["jvm_mb"]]
     ]
     training = one["images"]["train"]
-    head = (
-        f"6,000 images of 1024 pixels, {training:,} to train on | one process | xray_elephas.py, two workers"
+    head = f"6,000 images of 1024 pixels, {training:,} to train on | one process | xray_elephas.py, two workers"
+    tall = (
+        "peak memory, MB | xray_tensorflow.py | driver of xray_elephas.py, Python | the same, Java"
     )
-    tall = "peak memory, MB | xray_tensorflow.py | driver of xray_elephas.py, Python | the same, Java"
     return f"{table(head + ' | ratio', rows)}\n\n{table(tall, memory)}"
 
 
@@ -329,12 +379,22 @@ def seconds_of(run: dict) -> float:
 
 
 def learning() -> str:
-    """Seconds of training, validation included, until the mean AUROC of the validation split is 0.80."""
+    """Seconds of training, validation included, until the mean AUROC of the validation split is
+    0.80.
+    """
     rows, modes = [], ("synchronous", "asynchronous", "hogwild")
     with served(sample()) as (folder, credentials):
         options = ["--credentials", credentials, "--cache", folder / "cache", *DEFAULTS]
-        for script, mode in (("xray_tensorflow.py", None), *(("xray_elephas.py", mode) for mode in modes)):
-            words = [*options, "--cache", folder / f"cache-{script}", *(["--mode", mode] if mode else [])]
+        for script, mode in (
+            ("xray_tensorflow.py", None),
+            *(("xray_elephas.py", mode) for mode in modes),
+        ):
+            words = [
+                *options,
+                "--cache",
+                folder / f"cache-{script}",
+                *(["--mode", mode] if mode else []),
+            ]
             result = run_whole(script, [*words, "--epochs", 16], folder / f"{script}-{mode}")
             history = result["history"].set_index("epoch")
             there = history.index[history["validation_auroc"] >= 0.8]
@@ -342,7 +402,12 @@ def learning() -> str:
             reached = (there[0], f"{spent[there[0]]:.0f}") if len(there) else ("not reached", "")
             best, test = history["validation_auroc"].max(), result["auroc"]["mean"]
             rows.append(
-                (f"{script} {mode or ''}", *reached, f"{best:.3f}", f"{test:.3f} after {len(history)}")
+                (
+                    f"{script} {mode or ''}",
+                    *reached,
+                    f"{best:.3f}",
+                    f"{test:.3f} after {len(history)}",
+                )
             )
     head = "the sample, 64 pixels | epochs to 0.80 | seconds to 0.80 | best validation AUROC | test AUROC after epochs"
     return table(head, rows)
@@ -358,10 +423,14 @@ def sample() -> dict[str, bytes]:
 
 
 def growth() -> str:
-    """Training by pixels a side, ingest and memory by images, an epoch's overhead by workers: three points each."""
+    """Training by pixels a side, ingest and memory by images, an epoch's overhead by workers: three
+    points each.
+    """
     step = {}
     for size, images in ((64, 512), (128, 256), (256, 64)):
-        arguments = arguments_of("--weights", "none", "--epochs", 1000, "--image-size", size, threads=1)
+        arguments = arguments_of(
+            "--weights", "none", "--epochs", 1000, "--image-size", size, threads=1
+        )
         speed = peers.measure_in_turns([peers.our_training], arguments, images, 3)["our_training"]
         step[size**2 / 1000] = 1000 / statistics.median(speed)
     with served(made_up_bucket(1800)) as (folder, credentials):
@@ -372,9 +441,13 @@ def growth() -> str:
             result = run_whole("xray_tensorflow.py", words, folder / f"run-{count}")
             ingest[count / 1000] = result["ingest"]["seconds"]
             limit = 1.2 * count * 128**2 / 1e6 + 2000
-            memory.append((f"{count:,}", f"{result['peak_memory_mb']['driver']:,}", f"{limit:,.0f}"))
+            memory.append(
+                (f"{count:,}", f"{result['peak_memory_mb']['driver']:,}", f"{limit:,.0f}")
+            )
         options += ["--limit", 300, "--image-size", 64, "--epochs", 4]
-        alone = run_whole("xray_tensorflow.py", [*options, "--cache", folder / "cache-300"], folder / "alone")
+        alone = run_whole(
+            "xray_tensorflow.py", [*options, "--cache", folder / "cache-300"], folder / "alone"
+        )
         overhead = {}
         for workers in (1, 2, 4):
             words = [*options, "--cache", folder / "cache-spark"]
@@ -384,11 +457,19 @@ def growth() -> str:
     lines = [line(step), line(ingest), line(overhead)]
     parts = [
         growth_table(
-            "thousand pixels an image", "milliseconds of training an image, one core", step, lines[0]
+            "thousand pixels an image",
+            "milliseconds of training an image, one core",
+            step,
+            lines[0],
         ),
-        growth_table("thousand images", "seconds of ingest, one core, 50 ms a GET", ingest, lines[1]),
+        growth_table(
+            "thousand images", "seconds of ingest, one core, 50 ms a GET", ingest, lines[1]
+        ),
         growth_table("workers", "seconds of an epoch beyond training", overhead, lines[2]),
-        table("images of 128 pixels | peak memory of xray_tensorflow.py, MB | 1.2 x pixels + 2 GB", memory),
+        table(
+            "images of 128 pixels | peak memory of xray_tensorflow.py, MB | 1.2 x pixels + 2 GB",
+            memory,
+        ),
         extrapolated(*lines),
     ]
     return "\n\n".join(parts)
@@ -405,7 +486,9 @@ def line(points: dict[float, float]) -> tuple[float, float]:
     return slope, constant
 
 
-def growth_table(what: str, cost: str, points: dict[float, float], fitted: tuple[float, float]) -> str:
+def growth_table(
+    what: str, cost: str, points: dict[float, float], fitted: tuple[float, float]
+) -> str:
     slope, constant = fitted
     rows = [(f"{x:g}", f"{y:.2f}", f"{constant + slope * x:.2f}") for x, y in points.items()]
     return table(f"{what} | {cost} | line fitted: {constant:.2f} + {slope:.3f} each", rows)
@@ -418,12 +501,19 @@ def extrapolated(
     images, training = 112_120, 0.7 * 112_120
     image = (step[0] * 128**2 / 1000 + step[1]) / 1000  # seconds
     reading, rows = ingest[0] * images / 1000 + ingest[1], []
-    for name, workers in (("xray_tensorflow.py", 1), ("xray_elephas.py", 2), ("xray_elephas.py", 8)):
+    for name, workers in (
+        ("xray_tensorflow.py", 1),
+        ("xray_elephas.py", 2),
+        ("xray_elephas.py", 8),
+    ):
         beyond = overhead[0] * workers + overhead[1] if name == "xray_elephas.py" else 0
         epoch = training * image / workers + beyond
         hours = [reading / workers / 3600, epoch / 3600, (reading / workers + 5 * epoch) / 3600]
         rows.append(
-            (f"{name}, {workers} {'core' if workers == 1 else 'workers'}", *(f"{hour:.2f}" for hour in hours))
+            (
+                f"{name}, {workers} {'core' if workers == 1 else 'workers'}",
+                *(f"{hour:.2f}" for hour in hours),
+            )
         )
     head = "EXTRAPOLATED to 112,120 images | hours of ingest | hours an epoch | hours of ingest and 5 epochs"
     return table(head, rows)
@@ -433,7 +523,9 @@ def extrapolated(
 
 
 def profile() -> str:
-    """The parts of a training step, each measured alone, and the share of the core's peak that the step reaches."""
+    """The parts of a training step, each measured alone, and the share of the core's peak that the
+    step reaches.
+    """
     measured = peers.measure_once(peers.step_parts, arguments_of("--weights", "none", threads=1))
     whole = measured.pop("the whole step")
     peak = measured.pop("GFLOP/s of a large matrix product")
@@ -448,10 +540,16 @@ def profile() -> str:
         f"{flops:.1f} GFLOP, so no step could be faster than {bound:.0f} images a second; this one runs at "
         f"{32 / whole * 1000:.0f}: {100 * 32 / whole * 1000 / bound:.0f} % of the bound."
     )
-    return table("part of a step of 32 images, 128 pixels, one thread | ms | share", rows) + "\n\n" + text
+    return (
+        table("part of a step of 32 images, 128 pixels, one thread | ms | share", rows)
+        + "\n\n"
+        + text
+    )
 
 
-GROUPS = {group.__name__: group for group in (steps, cores, pixels, scripts, learning, growth, profile)}
+GROUPS = {
+    group.__name__: group for group in (steps, cores, pixels, scripts, learning, growth, profile)
+}
 
 
 def main() -> None:

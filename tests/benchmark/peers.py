@@ -1,6 +1,8 @@
-"""What benchmark.py measures, each in a process of its own that is held to its cores and works when it is told to.
+"""What benchmark.py measures, each in a process of its own that is held to its cores and works when
+it is told to.
 
-The processes stay alive and take turns: their figures of one round stand next to each other in time.
+The processes stay alive and take turns: their figures of one round stand next to each other in
+time.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ LABELS = 15
 
 
 def made_up(arguments: Namespace, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 (images, size, size) and labels float32 (images, 15): what they show does not change the speed."""
+    """Pixels uint8 (images, size, size) and labels float32 (images, 15): what they show does not
+    change the speed.
+    """
     random, size = np.random.default_rng(0), arguments.image_size
     return random.integers(0, 256, (images, size, size), np.uint8), random.random(
         (images, LABELS), np.float32
@@ -46,7 +50,9 @@ def our_training(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def stock_keras(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """An epoch of the same CNN with Keras' layers as they are, compiled as Keras' guides have it, a step at a time."""
+    """An epoch of the same CNN with Keras' layers as they are, compiled as Keras' guides have it, a
+    step at a time.
+    """
     model, pixels, truth = stock_model(arguments, images)
 
     def epoch() -> None:
@@ -64,7 +70,9 @@ def stock_keras_without_onednn(arguments: Namespace, images: int) -> Callable[[]
 
 
 def stock_keras_fit(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The same by `fit` on arrays: tf.data's autotuner holds up the end of an epoch until it wakes."""
+    """The same by `fit` on arrays: tf.data's autotuner holds up the end of an epoch until it
+    wakes.
+    """
     model, pixels, truth = stock_model(arguments, images)
     return lambda: model.fit(pixels, truth, arguments.batch_size, verbose=0)
 
@@ -88,14 +96,18 @@ def pytorch_mobilenet() -> Any:
     """The same CNN in PyTorch: (n, 3, size, size) to logits (n, 15)."""
     from torch import nn
 
-    def block(*convolution: int, stride: int = 1, kernel: int = 3, groups: int = 1) -> list[nn.Module]:
+    def block(
+        *convolution: int, stride: int = 1, kernel: int = 3, groups: int = 1
+    ) -> list[nn.Module]:
         layer = nn.Conv2d(*convolution, kernel, stride, kernel // 2, groups=groups, bias=False)
         return [layer, nn.BatchNorm2d(convolution[1], eps=1e-3), nn.ReLU6(inplace=True)]
 
     layers = block(3, 32, stride=2)
     wide = [32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]
     for number, (channels, wider) in enumerate(zip(wide, wide[1:])):
-        layers += block(channels, channels, stride=2 if number in (1, 3, 5, 11) else 1, groups=channels)
+        layers += block(
+            channels, channels, stride=2 if number in (1, 3, 5, 11) else 1, groups=channels
+        )
         layers += block(channels, wider, kernel=1)
     return nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1024, LABELS)
@@ -137,7 +149,9 @@ def pytorch_channels_last(arguments: Namespace, images: int) -> Callable[[], Any
 
 
 def our_ingest(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """xray_tensorflow.py's way from the bucket to pixels, with nothing in the cache: fetch, decode, resize, store."""
+    """xray_tensorflow.py's way from the bucket to pixels, with nothing in the cache: fetch, decode,
+    resize, store.
+    """
     caches = itertools.count()
 
     def ingest() -> None:
@@ -182,7 +196,9 @@ def bare_decoding(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """What many public scripts do: in each step fetch and decode the images of the batch, and train stock Keras."""
+    """What many public scripts do: in each step fetch and decode the images of the batch, and train
+    stock Keras.
+    """
     import boto3
     import tensorflow as tf
     import yaml
@@ -202,7 +218,9 @@ def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], 
 
     def pixels_of(key: str) -> np.ndarray:
         file = io.BytesIO(client.get_object(Bucket=arguments.bucket, Key=key)["Body"].read())
-        return np.asarray(Image.open(file).convert("L").resize((size, size), Image.Resampling.BILINEAR))
+        return np.asarray(
+            Image.open(file).convert("L").resize((size, size), Image.Resampling.BILINEAR)
+        )
 
     def epoch() -> None:
         for rows in np.array_split(np.arange(images), max(1, images // arguments.batch_size)):
@@ -217,7 +235,8 @@ def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], 
 
 
 def step_parts(arguments: Namespace, images: int) -> dict[str, float]:
-    """Milliseconds of the parts of a training step of xray_tensorflow.py, each alone, forward and backward.
+    """Milliseconds of the parts of a training step of xray_tensorflow.py, each alone, forward and
+    backward.
 
     Also the bound: GFLOP of the step's matrix products, and GFLOP/s of a large one (2048 x 2048).
     """
@@ -236,7 +255,12 @@ def step_parts(arguments: Namespace, images: int) -> dict[str, float]:
             shape = (arguments.batch_size, *layer.input.shape[1:])
             parts[part] += milliseconds(forward_and_backward(layer, tf.random.normal(shape)))
             if part == PARTS[0]:
-                flops += 6e-9 * np.prod(layer.output.shape[1:]) * layer.input.shape[-1] * arguments.batch_size
+                flops += (
+                    6e-9
+                    * np.prod(layer.output.shape[1:])
+                    * layer.input.shape[-1]
+                    * arguments.batch_size
+                )
         if isinstance(layer, keras.layers.Conv2D) and part == PARTS[1]:
             flops += (
                 4e-9 * np.prod(layer.output.shape[1:]) * 27 * arguments.batch_size
@@ -261,7 +285,13 @@ PARTS += ["padding and ReLU6"]
 
 def part_of(layer: Any) -> str:
     """Which of PARTS a layer of MobileNet is; none for those that cost nothing."""
-    kinds = {"Conv2D": 1, "DepthwiseConv2D": 2, "BatchNormalization": 3, "ReLU": 4, "ZeroPadding2D": 4}
+    kinds = {
+        "Conv2D": 1,
+        "DepthwiseConv2D": 2,
+        "BatchNormalization": 3,
+        "ReLU": 4,
+        "ZeroPadding2D": 4,
+    }
     kind = kinds.get(type(layer).__name__)
     return "" if kind is None else PARTS[0 if kind == 1 and layer.kernel_size == (1, 1) else kind]
 
@@ -300,7 +330,9 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def work(peer: Callable, arguments: Namespace, images: int, pipe: Connection) -> None:
-    """In the peer's process: make it ready, and answer each message with the images a second of one turn."""
+    """In the peer's process: make it ready, and answer each message with the images a second of one
+    turn.
+    """
     import xray_tensorflow as xray
 
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
@@ -319,15 +351,21 @@ def work(peer: Callable, arguments: Namespace, images: int, pipe: Connection) ->
 
 
 @contextmanager
-def started(peers: list[Callable], arguments: Namespace, images: int) -> Iterator[dict[str, Connection]]:
-    """A process for each peer that this machine can run, ready for its turns; those it cannot are said."""
+def started(
+    peers: list[Callable], arguments: Namespace, images: int
+) -> Iterator[dict[str, Connection]]:
+    """A process for each peer that this machine can run, ready for its turns; those it cannot are
+    said.
+    """
     context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
     os.environ.pop("TF_ENABLE_ONEDNN_OPTS", None)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
         for peer in peers:
             ours, its = context.Pipe()
-            processes.append(context.Process(target=work, args=(peer, arguments, images, its), daemon=True))
+            processes.append(
+                context.Process(target=work, args=(peer, arguments, images, its), daemon=True)
+            )
             processes[-1].start()
             problem = ours.recv()
             if problem:
@@ -369,7 +407,9 @@ def measure_in_turns(
 def measure_together(
     peer: Callable, arguments: Namespace, images: int, rounds: int, count: int
 ) -> list[float]:
-    """Images a second of `count` processes of `peer` together, at once, each on a core of its own."""
+    """Images a second of `count` processes of `peer` together, at once, each on a core of its
+    own.
+    """
     cores, speeds = os.sched_getaffinity(0), []
     with ExitStack() as stack:
         pipes: list[Connection] = []

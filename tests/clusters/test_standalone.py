@@ -53,7 +53,9 @@ def hosts() -> Iterator[list[str]]:
 
 
 class Cluster(NamedTuple):
-    """A standalone cluster: its master's URL, and credentials for an S3 server that its hosts reach."""
+    """A standalone cluster: its master's URL, and credentials for an S3 server that its hosts
+    reach.
+    """
 
     master: str
     credentials: Path
@@ -71,10 +73,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         endpoint = stack.enter_context(serve(DRIVER))
         fill_bucket(connect(endpoint), BUCKET, read_rows(), 64)
         credentials = edited(write_credentials(folder, endpoint), folder, **SECRETS)
-        words = ["org.apache.spark.deploy.master.Master", "--host", DRIVER, "--port", port, "--webui-port", 0]
+        words = [
+            "org.apache.spark.deploy.master.Master",
+            "--host",
+            DRIVER,
+            "--port",
+            port,
+            "--webui-port",
+            0,
+        ]
         commands = [[SPARK, *words]]
         for name in namespaces:
-            words = ["org.apache.spark.deploy.worker.Worker", "--host", f"10.77.0.{name[-1]}", "--cores", 1]
+            words = [
+                "org.apache.spark.deploy.worker.Worker",
+                "--host",
+                f"10.77.0.{name[-1]}",
+                "--cores",
+                1,
+            ]
             words += ["--memory", "1g", "--webui-port", 0, "--work-dir", folder / name, master]
             commands.append(["ip", "netns", "exec", name, SPARK, *words])
         log = stack.enter_context((folder / "log").open("a"))
@@ -98,7 +114,12 @@ def wait_for(host: str, port: int) -> None:
 def submit(cluster: Cluster, folder: Path, *options: Any) -> Any:
     """Run the script on the cluster's two hosts: its result and what it printed."""
     settings = ["--conf", f"spark.driver.host={DRIVER}", "--conf", "spark.executor.instances=2"]
-    command = [Path(sys.executable).with_name("spark-submit"), "--master", cluster.master, *settings]
+    command = [
+        Path(sys.executable).with_name("spark-submit"),
+        "--master",
+        cluster.master,
+        *settings,
+    ]
     words = [*QUICK, "--credentials", cluster.credentials, "--output", folder / "run", *options]
     python = f"PYSPARK_PYTHON={sys.executable}"
     finished = run_process(["env", python, *command, ROOT / "xray_elephas.py", *words], cwd=folder)

@@ -1,6 +1,8 @@
-"""xray_elephas.py on YARN and HDFS, set up as EMR does it: stand_ins/hadoop.py says how, and what it needs.
+"""xray_elephas.py on YARN and HDFS, set up as EMR does it: stand_ins/hadoop.py says how, and what
+it needs.
 
-Eight TensorFlow workers share this machine's cores here: the runs are as small as they can be, and still take minutes.
+Eight TensorFlow workers share this machine's cores here: the runs are as small as they can be, and
+still take minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from stand_ins import hadoop
 
 pytestmark = pytest.mark.slow
 
-# The project's own command on EMR, and as much of it as fits beside a driver on a node in cluster mode.
+# The project's own command on EMR, and as much of it as fits beside a driver on a node in cluster
+# mode.
 OWN = ["--num-executors", 2, "--executor-cores", 4, "--driver-memory", "5G"]
 SMALL = ["--num-executors", 2, "--executor-cores", 1]
 TINY = [*QUICK, "--epochs", 1]  # tracing eight models is most of a run
@@ -91,9 +94,13 @@ def look_back(cluster: hadoop.Cluster) -> Application:
 
 
 def run_command(command: list[Any], folder: Path) -> subprocess.CompletedProcess:
-    """Run a command to its end in `folder`. Fails where what it printed shows a secret, and after a quarter hour."""
+    """Run a command to its end in `folder`. Fails where what it printed shows a secret, and after a
+    quarter hour.
+    """
     words = [str(word) for word in command]
-    finished = subprocess.run(words, cwd=folder, check=False, capture_output=True, text=True, timeout=900)
+    finished = subprocess.run(
+        words, cwd=folder, check=False, capture_output=True, text=True, timeout=900
+    )
     assert not secrets_in((finished.stdout + finished.stderr).encode())
     return finished
 
@@ -101,7 +108,9 @@ def run_command(command: list[Any], folder: Path) -> subprocess.CompletedProcess
 def spark_submit(
     yarn: Yarn, folder: Path, words: list[Any], options: list[Any]
 ) -> subprocess.CompletedProcess:
-    """Run the script, as it lies with its credentials alone in `folder`, on the cluster's master."""
+    """Run the script, as it lies with its credentials alone in `folder`, on the cluster's
+    master.
+    """
     shutil.copy(ROOT / "xray_elephas.py", folder)
     shutil.copy(yarn.credentials, folder / "credentials.yml")
     command = [yarn.cluster.command, "spark-submit", *words, "xray_elephas.py", *options]
@@ -123,14 +132,20 @@ def result_of(printed: str) -> dict[str, Any]:
 def losses(folder: Path) -> np.ndarray:
     """What history.csv says of each epoch but its times."""
     with (folder / "history.csv").open() as file:
-        return np.array([[float(row["loss"]), float(row["validation_loss"])] for row in csv.DictReader(file)])
+        return np.array(
+            [[float(row["loss"]), float(row["validation_loss"])] for row in csv.DictReader(file)]
+        )
 
 
 def memory_of(cluster: hadoop.Cluster, application: str) -> dict[str, float]:
-    """The most that each container of an application took of its memory, as a share of what it was given."""
+    """The most that each container of an application took of its memory, as a share of what it was
+    given.
+    """
     units = {"KB": 1 / 1024, "MB": 1, "GB": 1024}
     number = application[len("application_") :]
-    line = re.compile(rf"container-id (container_{number}\S+): (\S+) (\S\S) of (\S+) (\S\S) physical")
+    line = re.compile(
+        rf"container-id (container_{number}\S+): (\S+) (\S\S) of (\S+) (\S\S) physical"
+    )
     shares: dict[str, float] = {}
     for log in (cluster.folder / "logs").glob("*-nodemanager.log"):
         for container, taken, unit, given, given_unit in line.findall(log.read_text()):
@@ -140,7 +155,9 @@ def memory_of(cluster: hadoop.Cluster, application: str) -> dict[str, float]:
 
 
 def files_with_secrets(cluster: hadoop.Cluster) -> list[Path]:
-    """Files of all hosts that hold a secret: local folders, logs, and HDFS, whose blocks are files on the nodes."""
+    """Files of all hosts that hold a secret: local folders, logs, and HDFS, whose blocks are files
+    on the nodes.
+    """
     found = []
     for path in cluster.folder.rglob("*"):
         with contextlib.suppress(OSError):  # it has gone meanwhile
@@ -150,7 +167,9 @@ def files_with_secrets(cluster: hadoop.Cluster) -> list[Path]:
 
 
 class Watcher(threading.Thread):
-    """Looks for secrets on all hosts as long as a run lasts: most of what YARN writes for it goes with it."""
+    """Looks for secrets on all hosts as long as a run lasts: most of what YARN writes for it goes
+    with it.
+    """
 
     def __init__(self, cluster: hadoop.Cluster) -> None:
         super().__init__(daemon=True)
@@ -207,7 +226,8 @@ def test_two_executors_of_four_slots(yarn: Yarn, client: Run) -> None:
     assert result["target"].items() >= {"master": "yarn", "executors": 2, "workers": 8}.items()
     assert sum(result["images"][split] for split in ("train", "validation", "test")) == IMAGES
     assert (client.application.state, client.application.attempts) == ("SUCCEEDED", 1)
-    # The application master's container, and one for each executor: dynamic allocation has asked for no more.
+    # The application master's container, and one for each executor: dynamic allocation has asked
+    # for no more.
     memory = memory_of(yarn.cluster, client.application.name)
     assert len(memory) == 3
     assert max(memory.values()) < 0.9
@@ -215,7 +235,14 @@ def test_two_executors_of_four_slots(yarn: Yarn, client: Run) -> None:
 
 def test_it_learns_what_it_learns_elsewhere(yarn: Yarn, client: Run, tmp_path: Path) -> None:
     words = ["--master", "local-cluster[2,4,2048]", ROOT / "xray_elephas.py", *TINY]
-    words += ["--credentials", yarn.credentials, "--cache", tmp_path / "cache", "--output", tmp_path / "run"]
+    words += [
+        "--credentials",
+        yarn.credentials,
+        "--cache",
+        tmp_path / "cache",
+        "--output",
+        tmp_path / "run",
+    ]
     command = [Path(sys.executable).with_name("spark-submit"), *words]
     finished = run_command(["env", f"PYSPARK_PYTHON={sys.executable}", *command], tmp_path)
     assert result_of(finished.stdout)["target"]["workers"] == 8
@@ -226,10 +253,20 @@ def test_cluster_mode(yarn: Yarn, in_cluster_mode: Run) -> None:
     result = result_of(in_cluster_mode.application.logs)
     client = client_of(yarn.credentials)
     kept = {entry["Key"] for entry in client.list_objects_v2(Bucket=RUNS)["Contents"]}
-    assert {"one/config.json", "one/history.csv", "one/checkpoint-1.weights.h5", "one/model.keras"} < kept
-    assert result == json.loads(client.get_object(Bucket=RUNS, Key="one/metrics.json")["Body"].read())
+    assert {
+        "one/config.json",
+        "one/history.csv",
+        "one/checkpoint-1.weights.h5",
+        "one/model.keras",
+    } < kept
+    assert result == json.loads(
+        client.get_object(Bucket=RUNS, Key="one/metrics.json")["Body"].read()
+    )
     assert result["target"].items() >= {"master": "yarn", "executors": 2, "workers": 2}.items()
-    assert (in_cluster_mode.application.state, in_cluster_mode.application.attempts) == ("SUCCEEDED", 1)
+    assert (in_cluster_mode.application.state, in_cluster_mode.application.attempts) == (
+        "SUCCEEDED",
+        1,
+    )
 
 
 def test_a_run_uses_the_cache_of_another(client: Run, in_cluster_mode: Run) -> None:
@@ -283,7 +320,9 @@ def test_no_secret_while_it_runs(watched: tuple[Run, Watcher]) -> None:
 
 
 def test_no_secret_is_left(yarn: Yarn, client: Run, in_cluster_mode: Run, refused: Run) -> None:
-    """YARN keeps what --files has brought, readable to the cluster's user alone. Nothing else holds a key."""
+    """YARN keeps what --files has brought, readable to the cluster's user alone. Nothing else holds
+    a key.
+    """
     for run in (client, in_cluster_mode, refused):
         assert not secrets_in(run.application.logs.encode())
     deadline = time.monotonic() + 60
@@ -299,7 +338,9 @@ def test_no_secret_is_left(yarn: Yarn, client: Run, in_cluster_mode: Run, refuse
 
 def node_without_master(yarn: Yarn, application: str) -> str:
     """The node where the application master is not."""
-    master = hadoop.ask(f"/ws/v1/cluster/apps/{application}")["app"]["amHostHttpAddress"].split(":")[0]
+    master = hadoop.ask(f"/ws/v1/cluster/apps/{application}")["app"]["amHostHttpAddress"].split(
+        ":"
+    )[0]
     (node,) = set(yarn.cluster.nodes) - {master}
     return node
 
@@ -327,12 +368,17 @@ def bring_back(yarn: Yarn, node: str) -> None:
 
 
 def lose_a_node(yarn: Yarn, folder: Path, cache: str) -> subprocess.CompletedProcess:
-    """A run of four epochs, in the second of which the node dies that the application master is not on."""
+    """A run of four epochs, in the second of which the node dies that the application master is not
+    on.
+    """
     killer = Killer(yarn, folder / "run" / "history.csv")  # written after the first epoch
     killer.start()
     try:
         return spark_submit(
-            yarn, folder, SMALL, [*TINY, "--epochs", 4, "--output", folder / "run", "--cache", cache]
+            yarn,
+            folder,
+            SMALL,
+            [*TINY, "--epochs", 4, "--output", folder / "run", "--cache", cache],
         )
     finally:
         if killer.killed:
@@ -340,7 +386,9 @@ def lose_a_node(yarn: Yarn, folder: Path, cache: str) -> subprocess.CompletedPro
 
 
 def test_a_lost_node_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
-    """What its executor held is made anew from the cache, which here lies in a folder that the hosts share."""
+    """What its executor held is made anew from the cache, which here lies in a folder that the
+    hosts share.
+    """
     finished = lose_a_node(yarn, tmp_path, f"file://{tmp_path}/cache")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert losses(tmp_path / "run").shape == (4, 2)

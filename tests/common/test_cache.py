@@ -1,4 +1,6 @@
-"""The cache of decoded pixels: what it reuses, what it never mixes, and that no crash or neighbour spoils it."""
+"""The cache of decoded pixels: what it reuses, what it never mixes, and that no crash or neighbour
+spoils it.
+"""
 
 from __future__ import annotations
 
@@ -54,11 +56,15 @@ def ingest(client: Any, cache: Path, *options: Any) -> tuple[dict[str, np.ndarra
     arguments = parse(*words, *options)
     table = xray.select_images(client, arguments)
     pixels, skipped, cached = xray.ingest(client, arguments, table)
-    return {image: pixels[row] for row, image in enumerate(table["image"]) if row not in skipped}, cached
+    return {
+        image: pixels[row] for row, image in enumerate(table["image"]) if row not in skipped
+    }, cached
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[image], other[image]) for image in one)
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[image], other[image]) for image in one
+    )
 
 
 def stored(cache: Path) -> int:
@@ -123,9 +129,13 @@ def test_a_flipped_byte_is_noticed(client: Any, tmp_path: Path) -> None:
     before, _ = ingest(client, tmp_path)
     changed = bytearray(before[ROWS[0][0]].tobytes())
     changed[500] ^= 1
-    with contextlib.closing(sqlite3.connect(tmp_path / "pixels.sqlite", isolation_level=None)) as cache:
+    with contextlib.closing(
+        sqlite3.connect(tmp_path / "pixels.sqlite", isolation_level=None)
+    ) as cache:
         where = f"WHERE key = 'images/{ROWS[0][0]}'"
-        assert cache.execute(f"UPDATE pixels SET pixels = ? {where}", (bytes(changed),)).rowcount == 1
+        assert (
+            cache.execute(f"UPDATE pixels SET pixels = ? {where}", (bytes(changed),)).rowcount == 1
+        )
     after, cached = ingest(client, tmp_path)
     assert cached == 39
     assert same(before, after)
@@ -145,7 +155,8 @@ def damage(data: bytes, kind: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["no database", "first page overwritten", "cut short", "from the second page on overwritten"]
+    "kind",
+    ["no database", "first page overwritten", "cut short", "from the second page on overwritten"],
 )
 def test_a_damaged_cache_is_set_aside_and_made_anew(
     client: Any, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str
@@ -169,7 +180,9 @@ def test_a_damaged_cache_is_set_aside_and_made_anew(
 
 
 def test_no_damage_gives_wrong_pixels(client: Any, tmp_path: Path) -> None:
-    """Bytes overwritten anywhere, and the file cut anywhere: pixels are right, from what is left or from S3."""
+    """Bytes overwritten anywhere, and the file cut anywhere: pixels are right, from what is left or
+    from S3.
+    """
     right, _ = ingest(client, tmp_path)
     whole, random = (tmp_path / "pixels.sqlite").read_bytes(), np.random.default_rng(0)
     kept = []
@@ -220,11 +233,14 @@ def test_a_killed_process_loses_nothing_that_it_had_stored(
     assert same(before, after)
 
 
-def test_two_processes_at_once_share_a_new_cache(credentials: Path, client: Any, tmp_path: Path) -> None:
+def test_two_processes_at_once_share_a_new_cache(
+    credentials: Path, client: Any, tmp_path: Path
+) -> None:
     options = ["--credentials", credentials, "--image-size", 32, "--cache", tmp_path]
     command = [str(word) for word in [sys.executable, "-c", PROGRAM, *options]]
     both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     ends = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends

@@ -1,4 +1,6 @@
-"""Against Ceph's S3 gateway, which checks signatures and shares no code with moto. Skipped where Ceph is absent."""
+"""Against Ceph's S3 gateway, which checks signatures and shares no code with moto. Skipped where
+Ceph is absent.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_the_list_is_that_of_moto(ceph: Path, credentials: Path) -> None:
     assert ours.equals(theirs)
 
 
-def test_a_run_gives_the_metrics_of_the_run_against_moto(ceph: Path, run: Any, tmp_path: Path) -> None:
+def test_a_run_gives_the_metrics_of_the_run_against_moto(
+    ceph: Path, run: Any, tmp_path: Path
+) -> None:
     places = ["--cache", tmp_path / "cache", "--output", tmp_path / "output"]
     finished = run_script("--credentials", ceph, *places, *QUICK)
     assert finished.code == 0, finished.stderr

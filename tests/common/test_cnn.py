@@ -1,4 +1,6 @@
-"""The CNN: its form and start, --weights, frozen statistics, and that the fast layers compute what Keras' own do."""
+"""The CNN: its form and start, --weights, frozen statistics, and that the fast layers compute what
+Keras' own do.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,21 @@ pytestmark = pytest.mark.usefixtures("keras")
 
 @pytest.fixture(scope="module")
 def truth() -> np.ndarray:
-    """Labels of 2,000 rows: the first is in none of them, the last in all, the others in 5 to 70 percent."""
+    """Labels of 2,000 rows: the first is in none of them, the last in all, the others in 5 to 70
+    percent.
+    """
     share = np.array([0, *np.linspace(0.05, 0.7, 13), 1])
     return (np.random.default_rng(0).random((2000, 15)) < share).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def backbone(keras: Any) -> Any:
-    """A MobileNet whose statistics are those of some noise, so that signals and gradients come through it."""
-    model = keras.applications.MobileNet((32, 32, 3), include_top=False, weights=None, pooling="avg")
+    """A MobileNet whose statistics are those of some noise, so that signals and gradients come
+    through it.
+    """
+    model = keras.applications.MobileNet(
+        (32, 32, 3), include_top=False, weights=None, pooling="avg"
+    )
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0
@@ -52,9 +60,13 @@ def statistics(model: Any) -> list[np.ndarray]:
 
 
 def of_backbone(model: Any) -> list[np.ndarray]:
-    """The weights of the MobileNet in a whole model, by name: Keras' order depends on what is trainable."""
+    """The weights of the MobileNet in a whole model, by name: Keras' order depends on what is
+    trainable.
+    """
     found = {tuple(v.path.split("/")[-2:]): v.numpy() for v in model.weights}
-    kept = sorted(name for name in found if name[0] not in ("findings", "dropout") and "seed" not in name[-1])
+    kept = sorted(
+        name for name in found if name[0] not in ("findings", "dropout") and "seed" not in name[-1]
+    )
     assert len(kept) == 135, kept  # 27 convolutions, each with 4 of batch normalisation
     return [found[name] for name in kept]
 
@@ -76,7 +88,9 @@ def test_shapes_types_and_start(truth: np.ndarray) -> None:
 
 
 def test_the_seed_decides_the_start(truth: np.ndarray) -> None:
-    one, same, other = (xray.build_cnn(options("--seed", seed), truth).get_weights() for seed in (0, 0, 1))
+    one, same, other = (
+        xray.build_cnn(options("--seed", seed), truth).get_weights() for seed in (0, 0, 1)
+    )
     assert all(np.array_equal(a, b) for a, b in zip(one, same))
     assert not all(np.array_equal(a, b) for a, b in zip(one, other))
 
@@ -90,7 +104,9 @@ def layers(model: Any) -> Iterator[Any]:
 def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.ndarray) -> None:
     model = xray.build_cnn(options(), truth)
     momenta = {
-        layer.momentum for layer in layers(model) if isinstance(layer, keras.layers.BatchNormalization)
+        layer.momentum
+        for layer in layers(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
     }
     assert max(momenta) <= 0.9
     before = statistics(model)
@@ -101,8 +117,12 @@ def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.nda
         assert np.abs(new - old).max() > 0
 
 
-def test_what_is_computed_is_what_keras_computes(keras: Any, truth: np.ndarray, tmp_path: Path) -> None:
-    """Outputs, gradients and statistics in training are those of the plain model that model.keras holds."""
+def test_what_is_computed_is_what_keras_computes(
+    keras: Any, truth: np.ndarray, tmp_path: Path
+) -> None:
+    """Outputs, gradients and statistics in training are those of the plain model that model.keras
+    holds.
+    """
     import tensorflow as tf
 
     fast = xray.build_cnn(options(), truth)
@@ -110,15 +130,20 @@ def test_what_is_computed_is_what_keras_computes(keras: Any, truth: np.ndarray, 
     plain = keras.models.load_model(tmp_path / "model.keras")
     random = np.random.default_rng(0)
     pixels, target = random.integers(0, 256, (8, 32, 32, 1), np.uint8), truth[:8]
-    assert fast.predict(pixels, verbose=0) == pytest.approx(plain.predict(pixels, verbose=0), abs=1e-5)
+    assert fast.predict(pixels, verbose=0) == pytest.approx(
+        plain.predict(pixels, verbose=0), abs=1e-5
+    )
     gradients = []
     for model in (fast, plain):
         model.get_layer("dropout").seed_generator.state.assign([1, 2])
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(keras.losses.binary_crossentropy(target, model(pixels, training=True)))
+            loss = tf.reduce_mean(
+                keras.losses.binary_crossentropy(target, model(pixels, training=True))
+            )
         gradients.append(tape.gradient(loss, [v.value for v in model.trainable_variables]))
     assert len(gradients[0]) == len(gradients[1]) == 83
-    # Rounding decides on which side of a kink some activations fall: in float32 both stray by up to 3 % from float64.
+    # Rounding decides on which side of a kink some activations fall: in float32 both stray by up to
+    # 3 % from float64.
     for one, other in zip(*gradients):
         assert np.linalg.norm(one - other) <= 0.05 * np.linalg.norm(other)
     for one, other in zip(statistics(fast), statistics(plain)):
@@ -134,7 +159,9 @@ def test_weights_of_a_file_and_their_statistics_stay(
         assert np.array_equal(mine, theirs)
     before = statistics(model)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32), np.uint8)
-    table = pd.DataFrame(truth[:24], columns=xray.LABELS).assign(split=["train"] * 16 + ["validation"] * 8)
+    table = pd.DataFrame(truth[:24], columns=xray.LABELS).assign(
+        split=["train"] * 16 + ["validation"] * 8
+    )
     trainer = xray.KerasTrainer(model, pixels, table, arguments)
     trainer.fit_epoch(1)
     assert all(np.array_equal(old, new) for old, new in zip(before, statistics(model)))
@@ -147,7 +174,9 @@ def test_weights_of_a_file_and_their_statistics_stay(
     assert trainer.predict("validation").shape == (8, 15)
 
 
-def test_imagenet_comes_from_the_cache_of_keras(backbone: Any, keras_home: Path, truth: np.ndarray) -> None:
+def test_imagenet_comes_from_the_cache_of_keras(
+    backbone: Any, keras_home: Path, truth: np.ndarray
+) -> None:
     # A file in the place and of the form of Keras' download: legacy HDF5, for 128 pixels.
     folder = keras_home / "models"
     folder.mkdir(exist_ok=True)
@@ -169,7 +198,9 @@ def refuse(weights: str, truth: np.ndarray) -> str:
     return str(error.value)
 
 
-def test_imagenet_that_cannot_be_downloaded(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_that_cannot_be_downloaded(
+    truth: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(
         "https_proxy", "http://127.0.0.1:1"
     )  # where nobody listens, on a machine with a network too
@@ -192,7 +223,9 @@ def test_weights_that_are_none(truth: np.ndarray, tmp_path: Path, keras: Any) ->
 
 def test_weights_that_cannot_be_had_leave_no_run_folder(fails: Callable, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    assert "absent.h5" in fails("--weights", tmp_path / "absent.h5", "--image-size", 32, "--output", output)
+    assert "absent.h5" in fails(
+        "--weights", tmp_path / "absent.h5", "--image-size", 32, "--output", output
+    )
     assert not output.exists() or not list(output.iterdir())
 
 
@@ -200,7 +233,9 @@ def test_weights_that_cannot_be_had_leave_no_run_folder(fails: Callable, tmp_pat
 
 
 def small(keras: Any, conv: Any, norm: Any | None = None, second: bool = False) -> list[Any]:
-    """The layers of a model: a convolution, its normalisation, and where asked for one more that gets its output."""
+    """The layers of a model: a convolution, its normalisation, and where asked for one more that
+    gets its output.
+    """
     inputs = keras.Input((8, 8, 4))
     x = conv(inputs)
     outputs = [(norm or keras.layers.BatchNormalization())(x)]
@@ -213,9 +248,13 @@ UNFIT: dict[str, Callable[[Any], dict[str, Any]]] = {
     "a bias": lambda k: {"conv": k.Conv2D(4, 3, name="odd")},
     "dilation": lambda k: {"conv": k.Conv2D(4, 3, dilation_rate=2, use_bias=False, name="odd")},
     "groups": lambda k: {"conv": k.Conv2D(4, 3, groups=2, use_bias=False, name="odd")},
-    "an activation": lambda k: {"conv": k.Conv2D(4, 3, activation="relu", use_bias=False, name="odd")},
+    "an activation": lambda k: {
+        "conv": k.Conv2D(4, 3, activation="relu", use_bias=False, name="odd")
+    },
     "a bias ": lambda k: {"conv": k.DepthwiseConv2D(3, name="odd")},
-    "dilation ": lambda k: {"conv": k.DepthwiseConv2D(3, dilation_rate=2, use_bias=False, name="odd")},
+    "dilation ": lambda k: {
+        "conv": k.DepthwiseConv2D(3, dilation_rate=2, use_bias=False, name="odd")
+    },
     "channels first": lambda k: {
         "conv": k.Conv2D(4, 3, data_format="channels_first", use_bias=False, name="odd")
     },
@@ -237,7 +276,9 @@ UNFIT: dict[str, Callable[[Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("what", UNFIT)
 def test_a_convolution_that_speed_up_cannot_compute_is_refused(keras: Any, what: str) -> None:
     layers = small(keras, **UNFIT[what](keras.layers))
-    with pytest.raises(ValueError, match=rf"layer odd has {what.strip()}, which speed_up cannot compute"):
+    with pytest.raises(
+        ValueError, match=rf"layer odd has {what.strip()}, which speed_up cannot compute"
+    ):
         xray.speed_up(layers)
 
 
@@ -262,7 +303,11 @@ def test_a_network_whose_convolutions_have_biases_is_refused(keras: Any) -> None
 )
 @pytest.mark.parametrize("kind", ["Conv2D", "DepthwiseConv2D"])
 def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: bool) -> None:
-    how = {"kernel_size": 3, **conv, **({"filters": 6} if kind == "Conv2D" else {"depth_multiplier": 2})}
+    how = {
+        "kernel_size": 3,
+        **conv,
+        **({"filters": 6} if kind == "Conv2D" else {"depth_multiplier": 2}),
+    }
     norm = keras.layers.BatchNormalization()
     layers = small(keras, getattr(keras.layers, kind)(use_bias=False, **how), norm)
     random = np.random.default_rng(0)
@@ -281,11 +326,15 @@ def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
-def test_another_backbone_without_biases_is_computed_as_keras_does(keras: Any, frozen: bool) -> None:
+def test_another_backbone_without_biases_is_computed_as_keras_does(
+    keras: Any, frozen: bool
+) -> None:
     backbone = keras.applications.MobileNetV2(
         weights=None, include_top=False, input_shape=(64, 64, 3), pooling="avg"
     )
-    norms = [layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    norms = [
+        layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization)
+    ]
     images = np.random.default_rng(0).uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32)
     for layer in norms:
         layer.momentum = 0

@@ -1,4 +1,6 @@
-"""credentials.yml: what is taken, what is refused, and that no message repeats what the file holds."""
+"""credentials.yml: what is taken, what is refused, and that no message repeats what the file
+holds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ GOOD = {"aws_access_key_id": KEY, "aws_secret_key_id": SECRET}
 
 @pytest.mark.parametrize("spelling", ["aws_secret_key_id", "aws_secret_access_key"])
 def test_takes_both_spellings_and_the_optional_names(tmp_path: Path, spelling: str) -> None:
-    optional = {"aws_session_token": "t", "region_name": "eu-west-1", "endpoint_url": "http://127.0.0.1:9000"}
+    optional = {
+        "aws_session_token": "t",
+        "region_name": "eu-west-1",
+        "endpoint_url": "http://127.0.0.1:9000",
+    }
     path = write_yaml(tmp_path / "c.yml", {"aws_access_key_id": KEY, spelling: SECRET, **optional})
     read = xray.read_credentials(str(path))
     assert read == {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, **optional}
@@ -55,7 +61,17 @@ def test_absent_says_to_copy_the_example(tmp_path: Path) -> None:
         f"\x00{SECRET}",
         "[" * 5000,
     ],
-    ids=["open bracket", "colons", "python object", "list", "text", "empty", "number", "NUL", "deep"],
+    ids=[
+        "open bracket",
+        "colons",
+        "python object",
+        "list",
+        "text",
+        "empty",
+        "number",
+        "NUL",
+        "deep",
+    ],
 )
 def test_not_a_mapping(tmp_path: Path, content: str) -> None:
     path = tmp_path / "bad.yml"
@@ -82,7 +98,9 @@ def test_key_missing_or_empty_is_named(tmp_path: Path, name: str, value: object)
 def test_placeholder_left_in_the_example_is_named(tmp_path: Path, name: str) -> None:
     example = yaml.safe_load((ROOT / "credentials.example.yml").read_text())
     assert example.keys() == GOOD.keys()
-    assert f"example's {name}" in refuse(write_yaml(tmp_path / "bad.yml", {**GOOD, name: example[name]}))
+    assert f"example's {name}" in refuse(
+        write_yaml(tmp_path / "bad.yml", {**GOOD, name: example[name]})
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,14 +121,18 @@ def test_warns_of_a_file_that_others_can_read(
     path.chmod(mode)
     xray.read_credentials(str(path))
     warning = capsys.readouterr().err
-    assert bool(re.fullmatch(rf"warning: .*chmod 600 {path}\n", warning)) == (mode in (0o640, 0o604))
+    assert bool(re.fullmatch(rf"warning: .*chmod 600 {path}\n", warning)) == (
+        mode in (0o640, 0o604)
+    )
 
 
 def test_a_folder_in_place_of_the_file_is_one_line(fails: object, tmp_path: Path) -> None:
     assert str(tmp_path) in fails("--credentials", tmp_path)
 
 
-@pytest.mark.parametrize("ending", ["\n", "\nx", "\u2026"], ids=["newline", "two lines", "not latin-1"])
+@pytest.mark.parametrize(
+    "ending", ["\n", "\nx", "\u2026"], ids=["newline", "two lines", "not latin-1"]
+)
 def test_a_token_that_no_header_can_hold_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, ending: str
 ) -> None:

@@ -1,4 +1,6 @@
-"""--flip: which images are mirrored, that they are exact mirrors, and that a resumed run draws the same."""
+"""--flip: which images are mirrored, that they are exact mirrors, and that a resumed run draws the
+same.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class TestBatches:
         rows = np.arange(40)
         assert np.array_equal(self.images(pixels, rows, None), pixels)
 
-    def test_training_alone_is_mirrored(self, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_training_alone_is_mirrored(
+        self, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         split = ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
         table = pd.DataFrame(0.0, range(40), xray.LABELS).assign(split=split)
         asked: list[Any] = []
@@ -100,7 +104,9 @@ class TestBatches:
 
 @pytest.mark.usefixtures("keras")
 def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker has some rows of the table, in any order: which of them it mirrors is drawn by row."""
+    """A worker has some rows of the table, in any order: which of them it mirrors is drawn by
+    row.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (30, 9, 9), np.uint8)
     labels = np.zeros((30, 15), np.float32)
     labels[:, 0] = range(30)  # so that an image of a batch tells its row
@@ -121,7 +127,9 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     model = SimpleNamespace(get_layer=lambda name: layer, fit=fit)
     for worker, rows in enumerate(np.array_split(np.random.default_rng(1).permutation(30), 3)):
         task = SimpleNamespace(partitionId=lambda worker=worker: worker)
-        monkeypatch.setattr(xray_elephas, "TaskContext", SimpleNamespace(get=lambda task=task: task))
+        monkeypatch.setattr(
+            xray_elephas, "TaskContext", SimpleNamespace(get=lambda task=task: task)
+        )
         xray_elephas.Share(iter([(row, pixels[row]) for row in rows]), job).fit(model, 2)
     assert sorted(seen) == list(range(30))
 
@@ -140,7 +148,8 @@ def test_a_resumed_run_draws_what_an_unbroken_one_draws(credentials: Path, tmp_p
             flip = ["--flip"] * (name != "plain")
             resume = ["--resume"] * part
             ended = victim.run(
-                [*options, *flip, *resume, *epochs, "--output", tmp_path / name], tmp_path / f"{name}{part}"
+                [*options, *flip, *resume, *epochs, "--output", tmp_path / name],
+                tmp_path / f"{name}{part}",
             )
             assert ended.code == 0, ended.stderr
         results[name] = json.loads(ended.stdout.splitlines()[-1])

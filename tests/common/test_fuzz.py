@@ -1,4 +1,6 @@
-"""Any label file gives a table or one clear line; so does any credentials file, whose line shows nothing of it."""
+"""Any label file gives a table or one clear line; so does any credentials file, whose line shows
+nothing of it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ SETTINGS = settings(
 ROWS = "".join(SAMPLE.read_text().splitlines(keepends=True)[:6]).encode()
 EXAMPLE = (ROOT / "credentials.example.yml").read_bytes()
 SECRET = SECRETS["aws_secret_key_id"]
-GOOD = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_key_id": SECRET, "aws_session_token": SECRET}
+GOOD = {
+    "aws_access_key_id": "AKIAEXAMPLE",
+    "aws_secret_key_id": SECRET,
+    "aws_session_token": SECRET,
+}
 
 
 @st.composite
@@ -41,7 +47,9 @@ def edited(draw: Any, data: bytes) -> bytes:
 
 
 cell = (
-    st.sampled_from(["", "1", "00000001_000.png", "Mass", "Mass|Edema", "|", "No Finding", '"', "٣"])
+    st.sampled_from(
+        ["", "1", "00000001_000.png", "Mass", "Mass|Edema", "|", "No Finding", '"', "٣"]
+    )
     | st.text()
 )
 table = st.lists(st.lists(cell, max_size=5).map(",".join), max_size=6).map("\n".join)
@@ -51,7 +59,11 @@ HEAD = "Image Index,Finding Labels,Patient ID\n"
 # pandas warns of rows that are longer than the header, which the fuzzer makes too.
 @pytest.mark.filterwarnings("ignore:Length of header or names:pandas.errors.ParserWarning")
 @SETTINGS
-@given(st.binary() | edited(ROWS) | table.map(lambda rows: (HEAD + rows).encode(errors="surrogatepass")))
+@given(
+    st.binary()
+    | edited(ROWS)
+    | table.map(lambda rows: (HEAD + rows).encode(errors="surrogatepass"))
+)
 @example((HEAD + "a.png,Mass,1" + "0" * 500).encode())
 @example((HEAD + "a.png,Mass,\u0663").encode())
 @example((HEAD + '"a.png,Mass,1').encode())
@@ -74,9 +86,18 @@ def test_parse_labels(data: bytes) -> None:
 tag = st.sampled_from(
     ["!!int", "!!float", "!!bool", "!!timestamp", "!!binary", "!!set", "!!omap", "!!merge", "&a *a"]
 )
-value = st.none() | st.booleans() | st.integers() | st.floats() | st.dates() | st.text() | st.just(SECRET)
+value = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.dates()
+    | st.text()
+    | st.just(SECRET)
+)
 tree = st.recursive(
-    value, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from([*GOOD]), inner)
+    value,
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from([*GOOD]), inner),
 )
 files = st.one_of(
     st.binary(),

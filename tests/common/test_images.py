@@ -34,12 +34,18 @@ GREY = np.tile(np.repeat([[40, 200]], 32, axis=1), (64, 1)).astype(
 )  # left half dark, right half bright
 PICTURE = Image.fromarray(GREY)
 RGBA = PICTURE.convert("RGBA")
-RGBA.putalpha(90)  # NIH's alpha channels carry nothing: the grey must not be mixed with a background
+RGBA.putalpha(
+    90
+)  # NIH's alpha channels carry nothing: the grey must not be mixed with a background
 PALETTE = Image.fromarray((GREY > 100).astype(np.uint8), "P")
 PALETTE.putpalette([40] * 3 + [200] * 3)
 MOVING = io.BytesIO()
 PICTURE.save(
-    MOVING, "PNG", save_all=True, append_images=[PICTURE.point(lambda level: 255 - level)], duration=100
+    MOVING,
+    "PNG",
+    save_all=True,
+    append_images=[PICTURE.point(lambda level: 255 - level)],
+    duration=100,
 )
 READABLE = {
     "L": encode(PICTURE),
@@ -55,11 +61,15 @@ READABLE = {
 
 
 def png(width: int, height: int, pixels: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """A grey PNG of 8 bits with any size in its header, any compressed pixels and any more chunks."""
+    """A grey PNG of 8 bits with any size in its header, any compressed pixels and any more
+    chunks.
+    """
     head = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", head), *more, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
     parts = [struct.pack(">I", len(data)) + kind + data for kind, data in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(part + struct.pack(">I", zlib.crc32(part[4:])) for part in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        part + struct.pack(">I", zlib.crc32(part[4:])) for part in parts
+    )
 
 
 WHOLE = draw_radiograph("00000001_000.png", [], 64)
@@ -110,8 +120,13 @@ def test_a_large_radiograph_is_averaged_not_sampled() -> None:
 
 
 def test_an_image_that_is_not_square_and_one_that_is_smaller() -> None:
-    assert xray.decode(encode(Image.new("L", (300, 100), 9)), 64).tolist() == np.full((64, 64), 9).tolist()
-    assert xray.decode(encode(Image.new("L", (1, 1), 9)), 64).tolist() == np.full((64, 64), 9).tolist()
+    assert (
+        xray.decode(encode(Image.new("L", (300, 100), 9)), 64).tolist()
+        == np.full((64, 64), 9).tolist()
+    )
+    assert (
+        xray.decode(encode(Image.new("L", (1, 1), 9)), 64).tolist() == np.full((64, 64), 9).tolist()
+    )
 
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -133,7 +148,9 @@ FOREIGN = {
 def test_a_format_that_no_radiograph_has_is_no_image(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pillow opens these too, and would start Ghostscript, an interpreter of programs, for an EPS."""
+    """Pillow opens these too, and would start Ghostscript, an interpreter of programs, for an
+    EPS.
+    """
     gs = tmp_path / "gs"
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     gs.chmod(0o755)
@@ -159,7 +176,9 @@ def odd(credentials: Path) -> dict[str, str]:
     return wrong
 
 
-def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_and_said_why(
+    credentials: Path, odd: dict, tmp_path: Path
+) -> None:
     client = client_of(credentials)
     options = [
         "--bucket",
@@ -181,9 +200,9 @@ def test_unreadable_images_are_skipped_and_said_why(credentials: Path, odd: dict
     for row in set(range(60)) - set(skipped):
         assert np.array_equal(pixels[row], xray.decode(READABLE["LA"], 32))
     # They are asked for again by the next run: someone may have fixed them.
-    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[2] == 60 - len(
-        UNREADABLE
-    )
+    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[
+        2
+    ] == 60 - len(UNREADABLE)
 
 
 def test_too_many_unreadable_images(credentials: Path, odd: dict, tmp_path: Path) -> None:
@@ -219,12 +238,27 @@ def test_a_split_that_loses_all_its_images_is_one_line(
     credentials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable
 ) -> None:
     client, rows = client_of(credentials), read_rows()[:60]
-    make_bucket(credentials, "lost", label_file(rows), dict.fromkeys([name for name, _ in rows], b""))
+    make_bucket(
+        credentials, "lost", label_file(rows), dict.fromkeys([name for name, _ in rows], b"")
+    )
     table = xray.select_images(client, parse("--bucket", "lost", "--batch-size", 8))
     for image in table["image"][table["split"] != "validation"]:
         client.put_object(Bucket="lost", Key=f"images/{image}", Body=READABLE["L"])
-    options = ["--bucket", "lost", "--max-skipped", 1, "--weights", "none", "--image-size", 32, "--epochs", 1]
-    assert "validation" in fails(*options, "--cache", tmp_path / "cache", "--output", tmp_path / "output")
+    options = [
+        "--bucket",
+        "lost",
+        "--max-skipped",
+        1,
+        "--weights",
+        "none",
+        "--image-size",
+        32,
+        "--epochs",
+        1,
+    ]
+    assert "validation" in fails(
+        *options, "--cache", tmp_path / "cache", "--output", tmp_path / "output"
+    )
 
 
 def test_skipped_csv(run: object) -> None:

@@ -64,7 +64,9 @@ FORMS = {
     "byte order mark": lambda text: text.encode("utf-8-sig"),
     "no end of the last line": lambda text: text.rstrip("\n").encode(),
     "only the columns that matter": lambda text: (
-        pd.read_csv(io.StringIO(text), dtype=str)[HEAD.strip().split(",")].to_csv(index=False).encode()
+        pd.read_csv(io.StringIO(text), dtype=str)[HEAD.strip().split(",")]
+        .to_csv(index=False)
+        .encode()
     ),
 }
 
@@ -74,7 +76,9 @@ def test_every_form_of_the_file_gives_the_same(form: str) -> None:
     text = SAMPLE.read_text()
     data = FORMS[form](text)
     assert data != text.encode()
-    pd.testing.assert_frame_equal(xray.parse_labels(data, form), xray.parse_labels(text.encode(), "2020"))
+    pd.testing.assert_frame_equal(
+        xray.parse_labels(data, form), xray.parse_labels(text.encode(), "2020")
+    )
 
 
 GOOD = "00000001_000.png,Edema|Mass,1\n"
@@ -85,7 +89,10 @@ WRONG = {
     ),
     "no label": (HEAD + GOOD + "00000002_000.png,,2\n", ["row 3", "00000002_000.png", "''"]),
     "label in the case of another": (HEAD + "00000002_000.png,mass,2\n", ["row 2", "'mass'"]),
-    "doubled image": (HEAD + GOOD + "00000002_000.png,Mass,2\n" + GOOD, ["row 4", "00000001_000.png"]),
+    "doubled image": (
+        HEAD + GOOD + "00000002_000.png,Mass,2\n" + GOOD,
+        ["row 4", "00000001_000.png"],
+    ),
     "patient that is not a number": (HEAD + GOOD + "00000002_000.png,Mass,x2\n", ["row 3", "'x2'"]),
     "row cut short": (HEAD + GOOD + "00000002_000.png", ["row 3", "00000002_000.png"]),
     "empty": ("", ["CSV"]),

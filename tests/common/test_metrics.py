@@ -14,7 +14,9 @@ import xray_tensorflow as xray
 
 @pytest.fixture
 def predictions() -> tuple[np.ndarray, np.ndarray]:
-    """400 rows whose scores have many ties; label 3 has no positive row and label 7 no negative one."""
+    """400 rows whose scores have many ties; label 3 has no positive row and label 7 no negative
+    one.
+    """
     random = np.random.default_rng(0)
     truth = (random.random((400, 15)) < 0.3).astype(np.float32)
     truth[:, 3], truth[:, 7] = 0, 1
@@ -44,8 +46,8 @@ def test_auroc_of_as_many_rows_as_the_full_test_split() -> None:
 
 
 def test_the_bootstrap_draws_patients() -> None:
-    # One patient has all positive images and one all negative: half of the draws of two have one class only.
-    # Draws of images would never lack a class here.
+    # One patient has all positive images and one all negative: half of the draws of two have one
+    # class only. Draws of images would never lack a class here.
     truth, scores = (
         np.repeat([[1.0] * 15, [0.0] * 15], 50, axis=0),
         np.random.default_rng(0).random((100, 15)),

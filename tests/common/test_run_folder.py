@@ -1,4 +1,6 @@
-"""The run folder: who has it, what is left of a run that fails, and which epochs' weights it keeps."""
+"""The run folder: who has it, what is left of a run that fails, and which epochs' weights it
+keeps.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def begin(run: xray.RunFolder) -> None:
 # ---- who has it ----
 
 
-def test_runs_that_begin_in_the_same_second_have_different_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_begin_in_the_same_second_have_different_folders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
         xray.time, "strftime", lambda form, _: form.replace("%Y%m%dT%H%M%SZ", "20261122T120000Z")
     )
@@ -125,7 +129,9 @@ def test_runs_that_fail_do_not_take_the_folder_of_those_that_begin(home: Path) -
                 pass
 
     in_threads(come_and_go, 6)
-    assert list(home.glob("runs/*")) == []  # runs/ itself may stay, where another run was just coming
+    assert (
+        list(home.glob("runs/*")) == []
+    )  # runs/ itself may stay, where another run was just coming
 
 
 HOLD = """
@@ -162,7 +168,9 @@ def test_an_output_that_is_a_link_to_nothing_yet(home: Path) -> None:
 def test_a_loop_of_a_shell_that_starts_three_runs(credentials: Path, home: Path) -> None:
     python = f"{sys.executable} {ROOT / 'xray_tensorflow.py'}"
     options = "--weights none --image-size 32 --epochs 1 --batch-size 8 --limit 150 --cache cache"
-    command = f"for s in 1 2 3; do {python} --credentials {credentials} {options} --seed $s & done; wait"
+    command = (
+        f"for s in 1 2 3; do {python} --credentials {credentials} {options} --seed $s & done; wait"
+    )
     ended = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True)
     assert "error" not in ended.stderr, ended.stderr
     runs = list((home / "runs").iterdir())
@@ -195,7 +203,9 @@ def test_a_run_that_has_begun_stays_and_only_resume_takes_it() -> None:
         begin(run)
         _ = 1 / 0
     assert {path.name for path in Path("mine").iterdir()} == {"config.json", "skipped.csv"}
-    with pytest.raises(xray.UserError, match="mine is not empty: use another --output, or --resume"):
+    with pytest.raises(
+        xray.UserError, match="mine is not empty: use another --output, or --resume"
+    ):
         run_folder("--output", "mine").__enter__()
     with run_folder("--output", "mine", "--resume") as run:
         begin(run)
@@ -257,7 +267,9 @@ class Trainer:
 
 
 def train(model: Any, patch: pytest.MonkeyPatch, aurocs: list[float], *options: Any) -> float:
-    """Train to the end of `aurocs`; the weight that is evaluated, which is the number of its epoch."""
+    """Train to the end of `aurocs`; the weight that is evaluated, which is the number of its
+    epoch.
+    """
     with run_folder("--output", "mine", "--epochs", len(aurocs), *options) as run:
         run.check_resumed(TABLE, target={})
         history = run.restore(model)
@@ -323,7 +335,9 @@ def test_a_checkpoint_missing_or_damaged(
     assert contents(Path("mine")) == before
 
 
-def test_a_checkpoint_without_the_state_of_adam(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_without_the_state_of_adam(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keras reads it with a warning, and Adam would start anew."""
     train(model, monkeypatch, [0.9, 0.5])
     with h5py.File("mine/checkpoint-2.weights.h5", "a") as file:
@@ -332,7 +346,9 @@ def test_a_checkpoint_without_the_state_of_adam(model: Any, monkeypatch: pytest.
         train(model, monkeypatch, [0.9, 0.5, 0.5], "--resume")
 
 
-def test_no_damage_of_a_checkpoint_is_a_traceback(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_damage_of_a_checkpoint_is_a_traceback(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """HDF5 has no checksums: a changed number is read as it is, anything else is one line."""
     train(model, monkeypatch, [0.9, 0.5])
     checkpoint = Path("mine", "checkpoint-2.weights.h5")
@@ -379,7 +395,9 @@ def test_a_history_that_is_damaged(model: Any, monkeypatch: pytest.MonkeyPatch, 
     ("name", "had", "wanted"),
     [("precision", "mixed_float16", "float32"), ("replicas", 2, 1), ("replicas", 1, 4)],
 )
-def test_resume_on_a_machine_that_computes_otherwise(home: Path, name: str, had: Any, wanted: Any) -> None:
+def test_resume_on_a_machine_that_computes_otherwise(
+    home: Path, name: str, had: Any, wanted: Any
+) -> None:
     target = {"precision": "float32", "replicas": 1}
     with run_folder("--output", "mine") as run:
         run.check_resumed(TABLE, target={**target, name: had})
@@ -405,7 +423,9 @@ def test_resume_with_and_without_flip() -> None:
         begin(run)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"arguments": 1, "script": 1, "data": 1}', "null"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"arguments": 1, "script": 1, "data": 1}', "null"]
+)
 def test_a_config_that_is_damaged(text: str) -> None:
     with run_folder("--output", "mine") as run:
         begin(run)

@@ -1,4 +1,6 @@
-"""What S3 can answer, and that each failure is one line: against moto, a closed port and a server that only fails."""
+"""What S3 can answer, and that each failure is one line: against moto, a closed port and a server
+that only fails.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,15 @@ def test_prefix_with_and_without_slash(credentials: Path, prefix: str) -> None:
 def test_more_images_than_a_page_of_the_list(credentials: Path) -> None:
     names = [f"{patient:08}_000.png" for patient in range(1, 1102)]
     make_bucket(
-        credentials, "pages", label_file([(name, ["Mass"]) for name in names]), dict.fromkeys(names, b"")
+        credentials,
+        "pages",
+        label_file([(name, ["Mass"]) for name in names]),
+        dict.fromkeys(names, b""),
     )
-    assert list(xray.select_images(client_of(credentials), parse("--bucket", "pages"))["image"]) == names
+    assert (
+        list(xray.select_images(client_of(credentials), parse("--bucket", "pages"))["image"])
+        == names
+    )
 
 
 def test_retries_and_pool_are_set(credentials: Path) -> None:
@@ -64,7 +72,9 @@ def test_retries_and_pool_are_set(credentials: Path) -> None:
 
 
 class Failing(BaseHTTPRequestHandler):
-    """Answers everything with the server's `status` and `body`, and breaks off `breaks` times after half of it."""
+    """Answers everything with the server's `status` and `body`, and breaks off `breaks` times after
+    half of it.
+    """
 
     def do_GET(self) -> None:
         self.send_response(self.server.status)
@@ -73,7 +83,9 @@ class Failing(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         self.server.breaks -= 1
-        self.wfile.write(self.server.body[: len(self.server.body) // (2 if self.server.breaks >= 0 else 1)])
+        self.wfile.write(
+            self.server.body[: len(self.server.body) // (2 if self.server.breaks >= 0 else 1)]
+        )
 
     do_HEAD = do_GET
 
@@ -139,7 +151,10 @@ def test_a_server_that_is_not_s3(
 
 
 def test_unreachable(
-    credentials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    credentials: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     with socket.socket() as bound:  # a port that nobody listens on, and that nobody gets meanwhile
         bound.bind(("127.0.0.1", 0))
@@ -151,7 +166,9 @@ def test_unreachable(
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "nonsense", "http://", "http://a b/"])
-def test_endpoint_that_is_no_url(credentials: Path, tmp_path: Path, fails: Callable, endpoint: str) -> None:
+def test_endpoint_that_is_no_url(
+    credentials: Path, tmp_path: Path, fails: Callable, endpoint: str
+) -> None:
     assert fails("--credentials", edited(credentials, tmp_path, endpoint_url=endpoint))
 
 
@@ -161,7 +178,9 @@ def test_a_body_that_breaks_off_is_asked_for_again(failing: tuple) -> None:
     assert xray.fetch(client, BUCKET, "images/a.png") == server.body
 
 
-def test_a_body_that_always_breaks_off_is_an_error_of_s3_and_not_of_the_image(failing: tuple) -> None:
+def test_a_body_that_always_breaks_off_is_an_error_of_s3_and_not_of_the_image(
+    failing: tuple,
+) -> None:
     server, client = failing
     server.body, server.breaks = b"x" * 1000, 100
     with pytest.raises(xray.UserError, match="S3"):

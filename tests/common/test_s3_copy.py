@@ -1,4 +1,6 @@
-"""--output s3://: the copy of a run folder, in which order it grows, and what becomes of it where S3 refuses."""
+"""--output s3://: the copy of a run folder, in which order it grows, and what becomes of it where
+S3 refuses.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Place(NamedTuple):
         prefix = self.output.split("/", 3)[3] + "/"
         found = self.s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
         return {
-            entry["Key"][len(prefix) :]: self.s3.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read()
+            entry["Key"][len(prefix) :]: self.s3.get_object(Bucket=BUCKET, Key=entry["Key"])[
+                "Body"
+            ].read()
             for entry in found
         }
 
@@ -59,7 +63,10 @@ class Place(NamedTuple):
 
     def changed(self) -> list[str]:
         """What was asked to change since the last call: the method and the last part of the key."""
-        found = [f"{method} {path.split('?')[0].rsplit('/', 1)[1]}" for method, path in self.proxy.changes]
+        found = [
+            f"{method} {path.split('?')[0].rsplit('/', 1)[1]}"
+            for method, path in self.proxy.changes
+        ]
         self.proxy.changes.clear()
         return found
 
@@ -94,7 +101,8 @@ def test_a_location(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["s3://", "s3:///a", "s3:/b/a", "S3://b/a", "s3a://b/a", "hdfs:run", "file:///a", "gs://b"]
+    "text",
+    ["s3://", "s3:///a", "s3:/b/a", "S3://b/a", "s3a://b/a", "hdfs:run", "file:///a", "gs://b"],
 )
 def test_no_location(text: str) -> None:
     with pytest.raises(xray.UserError, match=f"{text} is neither a folder nor s3://BUCKET/PREFIX"):
@@ -140,12 +148,19 @@ def test_what_a_file_names_is_there_before_it(place: Place) -> None:
     ]  # fmt: skip
     place.write("metrics.json", "model.keras", "report.png", "predictions.csv")
     copy.finish(place.folder)
-    assert place.changed() == ["PUT model.keras", "PUT predictions.csv", "PUT report.png", "PUT metrics.json"]
+    assert place.changed() == [
+        "PUT model.keras",
+        "PUT predictions.csv",
+        "PUT report.png",
+        "PUT metrics.json",
+    ]
     copy.finish(place.folder)
     assert place.changed() == []  # what has not changed is not sent again
 
 
-def test_a_resumed_run_has_what_it_needs_and_drops_what_it_must(place: Place, tmp_path: Path) -> None:
+def test_a_resumed_run_has_what_it_needs_and_drops_what_it_must(
+    place: Place, tmp_path: Path
+) -> None:
     copy = place.copy()
     copy.take(resume=False)
     place.write("config.json", "skipped.csv", "report.png")
@@ -186,12 +201,16 @@ def test_a_prefix_that_another_run_has_or_had(place: Place) -> None:
 
 
 def test_resume_where_there_is_none(place: Place) -> None:
-    assert f"{place.output} has no run that has begun to train" in refused(place.copy(), resume=True)
+    assert f"{place.output} has no run that has begun to train" in refused(
+        place.copy(), resume=True
+    )
     assert place.stored() == {}
 
 
 def test_a_neighbour_is_no_run_of_this_prefix(place: Place) -> None:
-    place.s3.put_object(Bucket=BUCKET, Key=place.output.split("/", 3)[3] + "0/config.json", Body=b"{}")
+    place.s3.put_object(
+        Bucket=BUCKET, Key=place.output.split("/", 3)[3] + "0/config.json", Body=b"{}"
+    )
     assert "no run" in refused(place.copy(), resume=True)
     place.copy().take(resume=False)
 
@@ -306,7 +325,9 @@ def test_one_refusal_at_any_change(place: Place, nth: int) -> None:
 # ---- the folder and the copy together ----
 
 
-def test_the_run_folder_of_a_copy(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_folder_of_a_copy(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["xray_tensorflow.py"])
     arguments = parse("--output", place.output)

@@ -22,7 +22,8 @@ def made_up(patients: range) -> pd.DataFrame:
     """Two images of each patient."""
     ids = [f"{patient:08}" for patient in patients]
     return pd.DataFrame(
-        [(f"{patient}_{i:03}.png", patient) for patient in ids for i in (0, 1)], columns=["image", "patient"]
+        [(f"{patient}_{i:03}.png", patient) for patient in ids for i in (0, 1)],
+        columns=["image", "patient"],
     )
 
 
@@ -39,7 +40,9 @@ def test_shares_and_no_patient_in_two_splits(seed: int) -> None:
     by_patient(table)
     shares = table["split"].value_counts(normalize=True)
     # Three standard deviations of the largest share's draw of 30,000 are 0.008.
-    assert shares.to_dict() == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.008)
+    assert shares.to_dict() == pytest.approx(
+        {"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.008
+    )
 
 
 def test_split_follows_from_seed_and_patient_alone() -> None:
@@ -54,7 +57,18 @@ def test_split_is_the_same_on_every_machine() -> None:
     # Fails when the hash changes: runs of before could then not be compared, nor resumed.
     table = made_up(range(1, 21))
     splits = xray.assign_splits(table, 0)[::2]
-    assert [xray.SPLITS.index(split) for split in splits] == [0, 2, 0, 2, *[0] * 3, 2, *[0] * 9, 1, 0, 0]
+    assert [xray.SPLITS.index(split) for split in splits] == [
+        0,
+        2,
+        0,
+        2,
+        *[0] * 3,
+        2,
+        *[0] * 9,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_limit_is_drawn_by_seed_nested_and_moves_no_patient(client: object) -> None:
@@ -86,7 +100,9 @@ def test_counts_of_labels_bucket_and_both_are_said(
 
 
 def put(client: object, key: str, names: list[str]) -> None:
-    connect(client.meta.endpoint_url).put_object(Bucket=BUCKET, Key=key, Body="\r\n".join(names).encode())
+    connect(client.meta.endpoint_url).put_object(
+        Bucket=BUCKET, Key=key, Body="\r\n".join(names).encode()
+    )
 
 
 def test_test_list(client: object, capsys: pytest.CaptureFixture) -> None:

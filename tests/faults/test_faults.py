@@ -1,4 +1,6 @@
-"""S3 that answers late, broken, half or not at all, through the fault proxy: what becomes of the images."""
+"""S3 that answers late, broken, half or not at all, through the fault proxy: what becomes of the
+images.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +68,13 @@ def test_each_fault(credentials: Path, right: dict, tmp_path: Path, kind: str) -
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_each_fault_of_list_and_labels(credentials: Path, tmp_path: Path, kind: str) -> None:
-    # A CSV that is cut between two rows, length and all, cannot be told from a shorter one: docs/faults.md says so.
+    # A CSV that is cut between two rows, length and all, cannot be told from a shorter one:
+    # docs/faults.md says so.
     labels = kind if kind != "short length" else ""
-    with faulty(credentials, tmp_path, every=1, kinds=[kind, "", labels, *[""] * 99]) as (proxy, through):
+    with faulty(credentials, tmp_path, every=1, kinds=[kind, "", labels, *[""] * 99]) as (
+        proxy,
+        through,
+    ):
         table = xray.select_images(xray.s3_client(xray.read_credentials(str(through))), parse())
         assert proxy.injected[kind] == (2 if labels else 1)
     assert len(table) == 411
@@ -85,7 +91,9 @@ def test_latency_is_no_fault(credentials: Path, right: dict, tmp_path: Path) -> 
 def cached_pixels(cache: Path) -> dict[str, np.ndarray]:
     with contextlib.closing(sqlite3.connect(cache / "pixels.sqlite")) as open_:
         rows = open_.execute("SELECT key, pixels FROM pixels").fetchall()
-    return {key[len("images/") :]: np.frombuffer(data, np.uint8).reshape(32, 32) for key, data in rows}
+    return {
+        key[len("images/") :]: np.frombuffer(data, np.uint8).reshape(32, 32) for key, data in rows
+    }
 
 
 def test_a_run_with_one_request_in_twenty_faulty_has_all_images(
@@ -124,7 +132,9 @@ def test_stalls_end_at_the_read_timeout(
 
 
 @pytest.mark.slow
-def test_one_stall_of_each_kind_with_the_real_timeout(credentials: Path, right: dict, tmp_path: Path) -> None:
+def test_one_stall_of_each_kind_with_the_real_timeout(
+    credentials: Path, right: dict, tmp_path: Path
+) -> None:
     with faulty(credentials, tmp_path, every=200, kinds=STALLS) as (proxy, through):
         pixels = ingest(through, tmp_path)
         assert proxy.injected == dict.fromkeys(STALLS, 1)
@@ -159,12 +169,25 @@ def test_an_expired_token_is_one_line_and_a_fresh_one_goes_on(
     assert_right(cached_pixels(tmp_path), right)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
+)
 def test_a_signal_ends_a_run_whose_requests_all_hang(
     credentials: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    with faulty(credentials, tmp_path, every=1, kinds=["", "", "", *["stall"] * 9999]) as (proxy, through):
-        options = ["--credentials", through, *QUICK, "--cache", tmp_path, "--output", tmp_path / "run"]
+    with faulty(credentials, tmp_path, every=1, kinds=["", "", "", *["stall"] * 9999]) as (
+        proxy,
+        through,
+    ):
+        options = [
+            "--credentials",
+            through,
+            *QUICK,
+            "--cache",
+            tmp_path,
+            "--output",
+            tmp_path / "run",
+        ]
         process = victim.start(options, tmp_path / "screen")
         while proxy.injected["stall"] < xray.FETCH_THREADS:
             assert process.is_alive()
@@ -187,7 +210,9 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_the_traceback_of_a_bug_shows_no_secret(credentials: Path, tmp_path: Path, bug: str) -> None:
+def test_the_traceback_of_a_bug_shows_no_secret(
+    credentials: Path, tmp_path: Path, bug: str
+) -> None:
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport xray_tensorflow as xray\n{BUGS[bug]}\n"
     program += "sys.exit(xray.run_script(xray.main))"
     options = [

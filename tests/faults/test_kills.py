@@ -1,4 +1,5 @@
-"""A run that a kill or a disk ends: what is in the run folder is whole, and the next run ends as an unbroken one.
+"""A run that a kill or a disk ends: what is in the run folder is whole, and the next run ends as an
+unbroken one.
 
 By default one moment of each kind; all of them: pytest -m slow tests/faults/test_kills.py
 """
@@ -38,7 +39,9 @@ EVENTS = range(
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
 FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), ("event", 12)}
-MARKED = [pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS]
+MARKED = [
+    pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS
+]
 
 
 class Unbroken(NamedTuple):
@@ -66,7 +69,9 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
     """All that a checkpoint holds."""
     found = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.update({name: item[()]}) if hasattr(item, "shape") else None)
+        file.visititems(
+            lambda name, item: found.update({name: item[()]}) if hasattr(item, "shape") else None
+        )
     return found
 
 
@@ -82,7 +87,8 @@ def check_whole(folder: Path, unbroken: Path) -> int:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
     for name in names & {"config.json", "metrics.json"}:
         assert (
-            json.loads((folder / name).read_text()).keys() == json.loads((unbroken / name).read_text()).keys()
+            json.loads((folder / name).read_text()).keys()
+            == json.loads((unbroken / name).read_text()).keys()
         )
     for name in names & {"model.keras"}:
         assert zipfile.ZipFile(folder / name).testzip() is None
@@ -106,9 +112,13 @@ def test_a_killed_run_ends_as_an_unbroken_one(
     if moment[0] == "image":
         options[options.index("--cache") + 1] = tmp_path / "cache"
     killed = victim.run(options, tmp_path / "killed", moment)
-    assert killed.code == (-signal.SIGXFSZ if moment[0] == "byte" else -signal.SIGKILL), killed.stderr
+    assert killed.code == (-signal.SIGXFSZ if moment[0] == "byte" else -signal.SIGKILL), (
+        killed.stderr
+    )
     epochs = check_whole(folder, unbroken.folder)
-    fetched = stored(tmp_path / "cache" if moment[0] == "image" else unbroken.folder.parent / "cache")
+    fetched = stored(
+        tmp_path / "cache" if moment[0] == "image" else unbroken.folder.parent / "cache"
+    )
     begun = (folder / "config.json").exists()
 
     again = victim.run([*options, *["--resume"] * begun], tmp_path / "again")
@@ -123,14 +133,19 @@ def test_a_killed_run_ends_as_an_unbroken_one(
     mine, its = (arrays(path / "checkpoint-2.weights.h5") for path in (folder, unbroken.folder))
     assert mine.keys() == its.keys()
     assert all(np.array_equal(mine[name], its[name]) for name in its)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in unbroken.folder.iterdir()
+    }
     shutil.rmtree(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [400_000, 1_600_000])  # of 2.1 MB
 def test_ended_while_it_writes_the_model(unbroken: Unbroken, tmp_path: Path, count: int) -> None:
-    folder, options = tmp_path / "run", [*unbroken.options, "--output", tmp_path / "run", "--resume"]
+    folder, options = (
+        tmp_path / "run",
+        [*unbroken.options, "--output", tmp_path / "run", "--resume"],
+    )
     shutil.copytree(unbroken.folder, folder)
     for path in folder.glob("[mr]*"):  # model, metrics and report
         path.unlink()
@@ -141,11 +156,14 @@ def test_ended_while_it_writes_the_model(unbroken: Unbroken, tmp_path: Path, cou
     again = victim.run(options, tmp_path / "again")
     assert again.code == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
-    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in unbroken.folder.iterdir()
+    }
 
 
 RUNS = "my-xray-runs-killed"
-# .partial, .taken; skipped, config, .taken; checkpoint and history, twice, and a checkpoint that goes; the result
+# .partial, .taken; skipped, config, .taken; checkpoint and history, twice, and a checkpoint that
+# goes; the result
 CHANGES = range(1, 15)
 
 
@@ -199,10 +217,14 @@ def test_a_run_killed_at_an_upload_ends_on_another_machine(
     (folder,) = (other / "runs").iterdir()
     copy = fetched_copy(runs_bucket, prefix, tmp_path / "copy")
     assert check_whole(copy, unbroken.folder) == 2
-    assert {path.name for path in copy.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    assert {path.name for path in copy.iterdir()} == {
+        path.name for path in unbroken.folder.iterdir()
+    }
     for path in folder.iterdir():
         assert (copy / path.name).read_bytes() == path.read_bytes()
-    assert (copy / "predictions.csv").read_bytes() == (unbroken.folder / "predictions.csv").read_bytes()
+    assert (copy / "predictions.csv").read_bytes() == (
+        unbroken.folder / "predictions.csv"
+    ).read_bytes()
 
 
 @pytest.mark.slow
@@ -232,7 +254,9 @@ def test_s3_that_refuses_from_the_first_epoch_on(
         assert json.loads(ended.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
         (folder,) = (tmp_path / "runs").iterdir()
         assert check_whole(folder, unbroken.folder) == 2
-        assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+        assert {path.name for path in folder.iterdir()} == {
+            path.name for path in unbroken.folder.iterdir()
+        }
 
         # The command of the error line, less the AWS CLI: what it copies can be resumed.
         for path in folder.iterdir():
@@ -250,18 +274,28 @@ def test_s3_that_is_away_for_an_epoch(
     unbroken: Unbroken, credentials: Path, runs_bucket: Any, tmp_path: Path
 ) -> None:
     with fault_proxy(runs_bucket.meta.endpoint_url) as proxy:
-        # botocore asks 10 times for the first file and 3 times for each of the next update: then S3 is back.
+        # botocore asks 10 times for the first file and 3 times for each of the next update: then S3
+        # is back.
         away = itertools.chain(["reset"] * 12, itertools.repeat(""))
         proxy.choose = lambda method, path: next(away) if "checkpoint" in path else ""
         through = edited(credentials, tmp_path, endpoint_url=proxy.url)
         output = ["--output", f"s3://{RUNS}/away"]
-        options = [*unbroken.options, "--credentials", through, *output, "--cache", tmp_path / "cache"]
+        options = [
+            *unbroken.options,
+            "--credentials",
+            through,
+            *output,
+            "--cache",
+            tmp_path / "cache",
+        ]
         ended = victim.run(options, tmp_path / "screen", folder=tmp_path)
     assert ended.code == 0, ended.stderr
     assert ended.stderr.count("S3 is out of reach") == 1
     copy = fetched_copy(runs_bucket, "away", tmp_path / "copy")
     assert check_whole(copy, unbroken.folder) == 2
-    assert {path.name for path in copy.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    assert {path.name for path in copy.iterdir()} == {
+        path.name for path in unbroken.folder.iterdir()
+    }
 
 
 @pytest.fixture
@@ -272,7 +306,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     def mount(options: str) -> Path:
         how = ["-o", f"{'remount,' * bool(mounted)}{options}"]
-        done = subprocess.run(["mount", "-t", "tmpfs", *how, "tmpfs", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", *how, "tmpfs", folder], capture_output=True, text=True
+        )
         if done.returncode and not mounted:
             pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
         assert done.returncode == 0, done.stderr
@@ -297,7 +333,8 @@ def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -
     assert json.loads(ended.stdout.splitlines()[-1])["ingest"]["from_cache"] == had
 
 
-# Where the disk is full: config.json; the first checkpoint, of 6.6 MB; the second, beside which the first must stay.
+# Where the disk is full: config.json; the first checkpoint, of 6.6 MB; the second, beside which the
+# first must stay.
 @pytest.mark.parametrize(
     ("size", "epochs"),
     [
@@ -341,11 +378,15 @@ def test_a_disk_full_when_the_result_is_written(
     disk("size=40m")
     ended = victim.run(options, tmp_path / "ended")
     assert ended.code == 0, ended.stderr
-    assert {path.name for path in folder.iterdir()} == {path.name for path in unbroken.folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in unbroken.folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize("option", ["--output", "--cache"])
-def test_a_read_only_folder(unbroken: Unbroken, disk: Callable, tmp_path: Path, option: str) -> None:
+def test_a_read_only_folder(
+    unbroken: Unbroken, disk: Callable, tmp_path: Path, option: str
+) -> None:
     folder = disk("ro")
     options = [*unbroken.options, "--output", tmp_path / "run", option, folder / "new"]
     ended = victim.run(options, tmp_path / "screen")

@@ -38,7 +38,12 @@ print(json.dumps(result))
 
 
 def credentials_of(endpoint: str, folder: Path) -> Path:
-    keys = {"aws_access_key_id": "sample", **SECRETS, "endpoint_url": endpoint, "region_name": "us-east-1"}
+    keys = {
+        "aws_access_key_id": "sample",
+        **SECRETS,
+        "endpoint_url": endpoint,
+        "region_name": "us-east-1",
+    }
     return write_yaml(folder / "credentials.yml", keys)
 
 
@@ -50,7 +55,10 @@ def label_csv(rows: list[tuple[str, str, int]]) -> bytes:
 
 def bucket_of(rows: list[tuple[str, str, int]]) -> dict[str, bytes]:
     """The label file, and one radiograph under all names."""
-    return {"Data_Entry_2017_v2020.csv": label_csv(rows), **{f"images/{name}": WHOLE for name, *_ in rows}}
+    return {
+        "Data_Entry_2017_v2020.csv": label_csv(rows),
+        **{f"images/{name}": WHOLE for name, *_ in rows},
+    }
 
 
 @pytest.mark.slow
@@ -58,7 +66,9 @@ def test_list_join_and_split_of_the_full_number_of_images(tmp_path: Path) -> Non
     draw = random.Random(0)
     patients = [*range(1, PATIENTS + 1), *draw.choices(range(1, PATIENTS + 1), k=IMAGES - PATIENTS)]
     findings = ["|".join(draw.sample(xray.LABELS, draw.choice([1, 1, 1, 2, 3]))) for _ in patients]
-    rows = [(f"{p:08}_{i:06}.png", labels, p) for i, (p, labels) in enumerate(zip(patients, findings))]
+    rows = [
+        (f"{p:08}_{i:06}.png", labels, p) for i, (p, labels) in enumerate(zip(patients, findings))
+    ]
     with static_s3(bucket_of(rows), 0) as endpoint:
         options = ["--credentials", credentials_of(endpoint, tmp_path)]
         ended = run_process([sys.executable, "-c", SELECT, *options], cwd=tmp_path)
@@ -81,7 +91,10 @@ ODD = [
 
 
 def test_no_name_reaches_beyond_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [(name, "Mass", patient) for patient, name in enumerate([*ODD, *map("{}.png".format, range(200))])]
+    rows = [
+        (name, "Mass", patient)
+        for patient, name in enumerate([*ODD, *map("{}.png".format, range(200))])
+    ]
     inner = tmp_path / "one" / "two"
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
@@ -94,6 +107,10 @@ def test_no_name_reaches_beyond_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
         assert (len(skipped), cached) == (0, 0)
         assert xray.ingest(client, arguments, table)[2] == len(rows)
     assert np.array_equal(pixels, np.broadcast_to(xray.decode(WHOLE, 32), pixels.shape))
-    written = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    written = [
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    ]
     assert sorted(written) == ["credentials.yml", "one/two/cache/pixels.sqlite"]
-    assert not any(path.exists() for path in (Path("/tmp/outside.png"), Path.home() / "outside.png"))
+    assert not any(
+        path.exists() for path in (Path("/tmp/outside.png"), Path.home() / "outside.png")
+    )

@@ -1,10 +1,12 @@
-"""Check that the blocks which several scripts share are the same to the byte; with --write, copy them from their home.
+"""Check that the blocks which several scripts share are the same to the byte; with --write, copy
+them from their home.
 
     python tests/repository/sync_common.py            exit code 1 and a diff where they differ
     python tests/repository/sync_common.py --write    copy the blocks of xray_tensorflow.py to those that have them
 
-A block stands between `# ---- common to NAME: begin ----` and `# ---- common to NAME: end ----`; text after the second
-dashes is free. Every script has the block of all three, those for one machine have a second one.
+A block stands between `# ---- common to NAME: begin ----` and `# ---- common to NAME: end ----`;
+text after the second dashes is free. Every script has the block of all three, those for one machine
+have a second one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ BLOCKS = {
 
 
 def find_block(text: str, name: str) -> tuple[int, int]:
-    """Where the block called `name` begins and ends in `text`. Raises ValueError unless it has one pair of markers."""
+    """Where the block called `name` begins and ends in `text`. Raises ValueError unless it has one
+    pair of markers.
+    """
     begins, ends = (
         [
             match.start()
@@ -39,7 +43,9 @@ def find_block(text: str, name: str) -> tuple[int, int]:
 
 
 def sync(root: Path = ROOT, write: bool = False) -> list[str]:
-    """The differences between the scripts in `root`, as lines; with `write` they are fixed and none are left."""
+    """The differences between the scripts in `root`, as lines; with `write` they are fixed and none
+    are left.
+    """
     home = (root / HOME).read_text(encoding="utf-8")
     lines = []
     for name, scripts in BLOCKS.items():
@@ -55,7 +61,11 @@ def sync(root: Path = ROOT, write: bool = False) -> list[str]:
                 print(f"copied the block of {name} to {script.name}")
             else:
                 lines += difflib.unified_diff(
-                    wanted.splitlines(), text[begin:end].splitlines(), HOME, script.name, lineterm=""
+                    wanted.splitlines(),
+                    text[begin:end].splitlines(),
+                    HOME,
+                    script.name,
+                    lineterm="",
                 )
     return lines
 

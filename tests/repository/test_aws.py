@@ -1,4 +1,6 @@
-"""The AWS kit: its JSON against AWS's own models, its page's commands from top to bottom against moto and stubs."""
+"""The AWS kit: its JSON against AWS's own models, its page's commands from top to bottom against
+moto and stubs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ import xray_elephas
 PAGE = ROOT / "docs" / "aws.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
-# On PATH before the real ones, for what is not AWS's API: hosts to log in to, NIH's server, and answers moto lacks.
+# On PATH before the real ones, for what is not AWS's API: hosts to log in to, NIH's server, and
+# answers moto lacks.
 STUBS = {
     "ssh": 'echo "ssh $*" >> calls',
     "scp": 'echo "scp $*" >> calls; ls $(tr " " "\\n" <<< "$*" | grep -E "^(xray|requirements|cred)") > /dev/null',
@@ -71,7 +74,9 @@ def test_the_cluster_is_one_that_emr_takes(endpoint: str) -> None:
 
 
 def test_an_executor_fits_a_node() -> None:
-    """By the table of docs/aws.md: 12,288 MB a node, of which YARN's application master takes 896 on one."""
+    """By the table of docs/aws.md: 12,288 MB a node, of which YARN's application master takes 896
+    on one.
+    """
     conf = {
         "spark.executor.cores": "4",
         "spark.executor.instances": "2",
@@ -102,7 +107,10 @@ def test_an_executor_fits_a_node() -> None:
         ),
         (
             "iam_emr_policy.json",
-            {("s3:GetObject", "my-xray-bucket/elephas_libs.sh"), ("s3:PutObject", "my-xray-bucket/logs/*")},
+            {
+                ("s3:GetObject", "my-xray-bucket/elephas_libs.sh"),
+                ("s3:PutObject", "my-xray-bucket/logs/*"),
+            },
         ),
     ],
 )
@@ -118,14 +126,18 @@ def test_a_policy_gives_these_rights_and_no_others(
         for action in actions if isinstance(actions, list) else [actions]:
             given.add((action, statement["Resource"].replace("arn:aws:s3:::", "", 1)))
         lists_runs = statement["Resource"] == "arn:aws:s3:::my-xray-runs"
-        assert statement.get("Condition") == ({"StringLike": {"s3:prefix": "run-*"}} if lists_runs else None)
+        assert statement.get("Condition") == (
+            {"StringLike": {"s3:prefix": "run-*"}} if lists_runs else None
+        )
     assert given == rights
     iam = boto3.client("iam", endpoint_url=endpoint, **KEYS)
     iam.create_policy(
         PolicyName="xray", PolicyDocument=json.dumps(policy)
     )  # moto checks the grammar, as IAM does
     with pytest.raises(iam.exceptions.MalformedPolicyDocumentException):
-        iam.create_policy(PolicyName="bad", PolicyDocument=json.dumps(policy).replace("Allow", "Permit"))
+        iam.create_policy(
+            PolicyName="bad", PolicyDocument=json.dumps(policy).replace("Allow", "Permit")
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -144,7 +156,9 @@ def test_shellcheck_of_the_pages_commands() -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path, endpoint: str) -> tuple[Path, dict[str, str]]:
-    """A copy of the repository's files with NIH's beside them, and an environment with moto for AWS, and the stubs."""
+    """A copy of the repository's files with NIH's beside them, and an environment with moto for
+    AWS, and the stubs.
+    """
     folder, stubs = tmp_path / "desk", tmp_path / "stubs"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "tests", "runs", "cache"))
     stubs.mkdir()
@@ -176,7 +190,9 @@ def desk(tmp_path: Path, endpoint: str) -> tuple[Path, dict[str, str]]:
 
 def names(endpoint: str) -> set[str]:
     """The keys in the page's bucket."""
-    found = boto3.client("s3", endpoint_url=endpoint, **KEYS).list_objects_v2(Bucket="my-xray-bucket")
+    found = boto3.client("s3", endpoint_url=endpoint, **KEYS).list_objects_v2(
+        Bucket="my-xray-bucket"
+    )
     return {entry["Key"] for entry in found["Contents"]}
 
 
@@ -184,8 +200,11 @@ def names(endpoint: str) -> set[str]:
 @pytest.mark.skipif(not shutil.which("aws"), reason="needs AWS CLI")
 def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint: str) -> None:
     folder, environment = desk
-    # What the page says to run on an instance, and what only shows on a machine with a cluster, is not for the desk.
-    here = [block for block in blocks(PAGE) if not re.search(r"pip install|spark-submit|yarn ", block)]
+    # What the page says to run on an instance, and what only shows on a machine with a cluster, is
+    # not for the desk.
+    here = [
+        block for block in blocks(PAGE) if not re.search(r"pip install|spark-submit|yarn ", block)
+    ]
     assert len(here) == len(blocks(PAGE)) - 6
 
     def run(commands: list[str]) -> str:
@@ -203,7 +222,11 @@ def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint
 
     run(here[:-2])
     images = {f"images/0000000{number}_00{image}.png" for number in (1, 2) for image in range(3)}
-    assert names(endpoint) == images | {"Data_Entry_2017_v2020.csv", "test_list.txt", "elephas_libs.sh"}
+    assert names(endpoint) == images | {
+        "Data_Entry_2017_v2020.csv",
+        "test_list.txt",
+        "elephas_libs.sh",
+    }
     lines = dict(line.split(": ") for line in (folder / "credentials.yml").read_text().splitlines())
     assert set(lines) == {"aws_access_key_id", "aws_secret_key_id", "region_name"}
     assert (folder / "credentials.yml").stat().st_mode & 0o077 == 0
@@ -214,8 +237,12 @@ def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint
     run([(folder / "state").read_text(), *here[-2:]])
     assert emr.list_clusters(ClusterStates=["WAITING"])["Clusters"] == []
     # moto leaves a cluster's own instances running.
-    found = ec2.describe_instances(Filters=[{"Name": "key-name", "Values": ["xray"]}])["Reservations"]
-    assert [reservation["Instances"][0]["State"]["Name"] for reservation in found] == ["terminated"] * 3
+    found = ec2.describe_instances(Filters=[{"Name": "key-name", "Values": ["xray"]}])[
+        "Reservations"
+    ]
+    assert [reservation["Instances"][0]["State"]["Name"] for reservation in found] == [
+        "terminated"
+    ] * 3
     assert boto3.client("s3", endpoint_url=endpoint, **KEYS).list_buckets()["Buckets"] == []
     assert boto3.client("iam", endpoint_url=endpoint, **KEYS).list_users()["Users"] == []
     assert not list(folder.glob("*.pem")) + list(folder.glob("credentials.yml"))

@@ -41,14 +41,18 @@ def test_the_made_up_bucket_is_one_for_the_scripts() -> None:
 def test_the_pngs_are_as_most_are() -> None:
     """Grey, and not of the sample's quick compression."""
     (png,) = {
-        data for key, data in benchmark.made_up_bucket(3, size=64, distinct=1).items() if key.endswith("png")
+        data
+        for key, data in benchmark.made_up_bucket(3, size=64, distinct=1).items()
+        if key.endswith("png")
     }
     image = Image.open(benchmark.io.BytesIO(png))
     assert (image.mode, image.size) == ("L", (64, 64))
     assert np.asarray(image).std() > 10
 
 
-@pytest.mark.parametrize(("ours", "theirs", "said"), [([20, 1, 21], [10], "2.00"), ([19], [10, 10], "1.90")])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"), [([20, 1, 21], [10], "2.00"), ([19], [10, 10], "1.90")]
+)
 def test_ratios_are_those_of_medians(ours: list[float], theirs: list[float], said: str) -> None:
     assert benchmark.times(ours, theirs) == said
 
@@ -66,5 +70,7 @@ for name in ("our_training", "stock_keras"):
 
 @pytest.mark.slow
 def test_an_epoch_of_ours_and_of_a_peer() -> None:
-    trained = run_process([sys.executable, "-c", TRAIN, ROOT, ROOT / "tests", ROOT / "tests" / "benchmark"])
+    trained = run_process(
+        [sys.executable, "-c", TRAIN, ROOT, ROOT / "tests", ROOT / "tests" / "benchmark"]
+    )
     assert trained.code == 0, trained.stderr

@@ -30,7 +30,12 @@ def make(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        config = {"script": "any", "arguments": {**ARGUMENTS, **arguments}, "data": data, "versions": {}}
+        config = {
+            "script": "any",
+            "arguments": {**ARGUMENTS, **arguments},
+            "data": data,
+            "versions": {},
+        }
         metrics = {
             "ingest": {"seconds": 10.04},
             "setup": {"seconds": 2.0},
@@ -46,12 +51,21 @@ def make(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-SPARK = {"mode": "synchronous", "master": "yarn", "executors": 2, "workers": 8, "cores_per_worker": 1}
+SPARK = {
+    "mode": "synchronous",
+    "master": "yarn",
+    "executors": 2,
+    "workers": 8,
+    "cores_per_worker": 1,
+}
 GPU = {"gpus": ["Tesla T4"], "replicas": 1, "precision": "mixed_float16", "xla": True}
 
 
 def test_the_table_and_the_chart(
-    make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folders = [
@@ -78,14 +92,21 @@ def test_the_table_and_the_chart(
     ("other", "problem"),
     [
         ({"seed": 1}, r"different split: \S+a has --seed 0, \S+b 1"),
-        ({"test_list": "test_list.txt"}, r"different split: \S+a has --test-list None, \S+b test_list.txt"),
+        (
+            {"test_list": "test_list.txt"},
+            r"different split: \S+a has --test-list None, \S+b test_list.txt",
+        ),
         ({"image_size": 64}, r"different CNN: \S+a has --image-size 128, \S+b 64"),
         ({"weights": "none"}, r"different CNN: \S+a has --weights imagenet, \S+b none"),
         ({"data": "def"}, r"different data: \S+a and \S+b are not of the same images and labels"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
-    other: dict, problem: str, make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    other: dict,
+    problem: str,
+    make: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     chart = tmp_path / "chart.png"
     folders = [make("a", 50, {"threads": 1}), make("b", 90, GPU, **other)]
@@ -103,11 +124,14 @@ def test_no_sequential_run_or_no_finished_run_is_an_error(
     assert "none of the runs is sequential" in capsys.readouterr().err
     (tmp_path / "a" / "metrics.json").unlink()
     assert main([str(tmp_path / "a")]) == 2
-    assert "a has no metrics.json: it is not the folder of a finished run" in capsys.readouterr().err
+    assert (
+        "a has no metrics.json: it is not the folder of a finished run" in capsys.readouterr().err
+    )
 
 
 def test_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(run.folder), "--chart", str(tmp_path / "chart.png")]) == 0
     assert (
-        f"1 CPU thread  {run.result['train']['images_per_second']:8.1f}      1.00" in capsys.readouterr().out
+        f"1 CPU thread  {run.result['train']['images_per_second']:8.1f}      1.00"
+        in capsys.readouterr().out
     )

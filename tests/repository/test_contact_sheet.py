@@ -17,7 +17,13 @@ from PIL import Image
 def test_findings_are_told_apart() -> None:
     row = pd.Series(
         {
-            **{"true Mass": 1, "true Edema": 1, "true Hernia": 0, "true Nodule": 0, "true Effusion": 1},
+            **{
+                "true Mass": 1,
+                "true Edema": 1,
+                "true Hernia": 0,
+                "true Nodule": 0,
+                "true Effusion": 1,
+            },
             **{"probability Mass": 0.5, "probability Edema": 0.2, "probability Hernia": 0.9},
             **{"probability Nodule": 0.1, "probability Effusion": 0.9},
         }
@@ -32,7 +38,9 @@ def test_findings_are_told_apart() -> None:
 
 
 def test_each_label_has_an_image_and_no_image_comes_twice() -> None:
-    frame = pd.DataFrame({"true Mass": [1, 1, 0, 0], "true Edema": [1, 0, 0, 0], "true Hernia": [0, 0, 0, 0]})
+    frame = pd.DataFrame(
+        {"true Mass": [1, 1, 0, 0], "true Edema": [1, 0, 0, 0], "true Hernia": [0, 0, 0, 0]}
+    )
     assert sorted(choose(frame, ["Edema", "Mass", "Hernia"]).index) == [0, 1]
 
 
@@ -43,7 +51,10 @@ def test_a_sheet_of_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureF
     with Image.open(sheet) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         assert image.width == 1035
-    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # something was found, and something missed
+    for colour in (
+        (0x00, 0x72, 0xB2),
+        (0xD5, 0x5E, 0x00),
+    ):  # something was found, and something missed
         assert (pixels == colour).all(axis=1).any()
 
     assert main([*command, "--cache", str(tmp_path)]) == 2

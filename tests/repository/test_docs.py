@@ -1,4 +1,6 @@
-"""README and docs: links resolve, commands name what exists, README's snippet scores a radiograph."""
+"""README and docs: links resolve, commands name what exists, README's snippet scores a
+radiograph.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_options_in_the_text_exist(page: Path) -> None:
 
 
 def test_readmes_table_has_the_options_and_their_defaults() -> None:
-    rows = re.findall(r"(?m)^\| `(--[a-z-]+)[^`]*` \|\s*(.*?)\s*\|", (ROOT / "README.md").read_text())
+    rows = re.findall(
+        r"(?m)^\| `(--[a-z-]+)[^`]*` \|\s*(.*?)\s*\|", (ROOT / "README.md").read_text()
+    )
     actions = {action.option_strings[-1]: action for action in xray.common_parser("")._actions}
     del actions["--help"]
     assert [name for name, _ in rows] == list(actions)
@@ -104,7 +108,11 @@ def test_readmes_table_has_the_options_and_their_defaults() -> None:
 
 
 def test_readmes_snippet_scores_a_radiograph(
-    run: Any, keras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    run: Any,
+    keras: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     (snippet,) = re.findall(r"(?ms)^```python\n(.*?)^```$", (ROOT / "README.md").read_text())
     assert len(snippet.splitlines()) <= 11
@@ -118,7 +126,9 @@ def test_readmes_snippet_scores_a_radiograph(
     exec(snippet, {})
     scores = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
     expected = {}
-    for label, threshold in json.loads((run.folder / "metrics.json").read_text())["thresholds"].items():
+    for label, threshold in json.loads((run.folder / "metrics.json").read_text())[
+        "thresholds"
+    ].items():
         probability = predictions.loc[image, f"probability {label}"]
         if threshold is not None and probability >= threshold:
             expected[label] = probability
@@ -130,11 +140,15 @@ def test_readmes_snippet_scores_a_radiograph(
 def test_pre_commit_has_the_same_ruff_and_a_hook_for_the_common_blocks() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     ruff, local = config["repos"]
-    assert f"ruff=={ruff['rev'][1:]}" in (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    assert (
+        f"ruff=={ruff['rev'][1:]}" in (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    )
     assert [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]
     (hook,) = local["hooks"]
     assert hook["entry"] == "python tests/repository/sync_common.py"
-    assert [bool(re.search(hook["files"], name)) for name in ("xray_gpu.py", "tests/xray_gpu.py")] == [
+    assert [
+        bool(re.search(hook["files"], name)) for name in ("xray_gpu.py", "tests/xray_gpu.py")
+    ] == [
         True,
         False,
     ]

@@ -1,4 +1,6 @@
-"""Rules of the house: versions agree, a script works alone, and it starts without what --help does not need."""
+"""Rules of the house: versions agree, a script works alone, and it starts without what --help does
+not need.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def metadata(script: Path) -> tuple[str, list[str]]:
-    """requires-python and dependencies of a script's PEP 723 block. Python 3.9 has no parser of TOML."""
+    """requires-python and dependencies of a script's PEP 723 block. Python 3.9 has no parser of
+    TOML.
+    """
     (block,) = re.findall(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", script.read_text())
     text = re.sub("(?m)^# ?", "", block)
     (python,) = re.findall('^requires-python = "(.*)"$', text, re.MULTILINE)
@@ -50,7 +54,11 @@ def test_metadata_has_what_the_script_imports(script: Path) -> None:
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
     specs = {name: importlib.util.find_spec(name) for name in names}
-    needed = {name for name, spec in specs.items() if spec is None or "site-packages" in (spec.origin or "")}
+    needed = {
+        name
+        for name, spec in specs.items()
+        if spec is None or "site-packages" in (spec.origin or "")
+    }
     packages = {re.split("[=<>~ ;[]", line)[0] for line in metadata(script)[1]}
     declared = {IMPORTED_AS.get(package, package) for package in packages}
     assert "numpy" in needed

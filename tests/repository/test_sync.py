@@ -1,4 +1,6 @@
-"""The blocks that several scripts share are the same in each: sync_common.py says so, and would notice."""
+"""The blocks that several scripts share are the same in each: sync_common.py says so, and would
+notice.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ SCRIPTS = BLOCKS["the three scripts"]
 
 def test_blocks_of_the_scripts_are_equal() -> None:
     differences = sync()
-    assert not differences, "\n".join([*differences, "fix: python tests/repository/sync_common.py --write"])
+    assert not differences, "\n".join(
+        [*differences, "fix: python tests/repository/sync_common.py --write"]
+    )
 
 
 def test_what_the_blocks_define() -> None:
@@ -23,7 +27,9 @@ def test_what_the_blocks_define() -> None:
     defined = {}
     for name in BLOCKS:
         begin, end = find_block(text, name)
-        defined[name] = {node.name for node in ast.parse(text[begin:end]).body if hasattr(node, "name")}
+        defined[name] = {
+            node.name for node in ast.parse(text[begin:end]).body if hasattr(node, "name")
+        }
     assert defined["the three scripts"] >= {
         "UserError", "common_parser", "run_script", "read_credentials", "s3_client", "s3_errors", "fetch",
         "parse_labels", "assign_splits", "select_images", "draw_flips", "decode", "fetch_images", "build_cnn",
@@ -65,7 +71,9 @@ def test_a_difference_is_shown_and_fixed(copies: Path, line: str) -> None:
 def test_markers_missing_or_doubled(copies: Path, change: str) -> None:
     copy = copies / SCRIPTS[1]
     marker = next(
-        line for line in copy.read_text().splitlines() if "common to the three scripts: begin" in line
+        line
+        for line in copy.read_text().splitlines()
+        if "common to the three scripts: begin" in line
     )
     copy.write_text(copy.read_text().replace(marker, f"{marker}\n{marker}" if change else ""))
     with pytest.raises(ValueError, match="markers"):

@@ -1,4 +1,6 @@
-"""Every pin has a wheel where the docs say that the scripts run. Asks PyPI, downloads nothing to keep."""
+"""Every pin has a wheel where the docs say that the scripts run. Asks PyPI, downloads nothing to
+keep.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ PAGES = ["xray_gpu.md", "aws.md"]
 
 
 def check_wheels(pins: list[str], python: str, glibc: int, folder: Path) -> None:
-    """Fail unless pip finds a wheel of each pin for x86_64 Linux with glibc 2.`glibc` and this Python."""
+    """Fail unless pip finds a wheel of each pin for x86_64 Linux with glibc 2.`glibc` and this
+    Python.
+    """
     # pip would apply a pin's marker to the Python that it runs on.
     lines = [Requirement(pin) for pin in pins]
     chosen = [

@@ -1,6 +1,8 @@
-"""xray_elephas.py, run as a user runs it: by spark-submit on executors that are processes of their own, and by python.
+"""xray_elephas.py, run as a user runs it: by spark-submit on executors that are processes of their
+own, and by python.
 
-Spark sends the functions of the submitted file by value, those of an imported module by name: jobs need a process.
+Spark sends the functions of the submitted file by value, those of an imported module by name: jobs
+need a process.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def losses(folder: Path) -> np.ndarray:
     """What history.csv says of each epoch but its times."""
     names = ("loss", "validation_loss", "validation_auroc")
     with (folder / "history.csv").open() as file:
-        return np.array([[float(row[name] or "nan") for name in names] for row in csv.DictReader(file)])
+        return np.array(
+            [[float(row[name] or "nan") for name in names] for row in csv.DictReader(file)]
+        )
 
 
 def executors_of(pid: int) -> list[int]:
@@ -76,7 +80,11 @@ class Watcher(threading.Thread):
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
-        self.url, self.pages, self.over = f"http://localhost:{port}/environment/", [], threading.Event()
+        self.url, self.pages, self.over = (
+            f"http://localhost:{port}/environment/",
+            [],
+            threading.Event(),
+        )
 
     def run(self) -> None:
         while not self.over.wait(1):
@@ -89,7 +97,9 @@ class Watcher(threading.Thread):
 
 @pytest.fixture(scope="module")
 def submitted(credentials: Path, folder: Path) -> tuple[Finished, Path, str]:
-    """A run of one epoch by the lone file, its folder, and all that Spark showed and logged of it."""
+    """A run of one epoch by the lone file, its folder, and all that Spark showed and logged of
+    it.
+    """
     home = folder / "lone"
     home.mkdir()
     shutil.copy(credentials, home / "credentials.yml")
@@ -103,7 +113,11 @@ def submitted(credentials: Path, folder: Path) -> tuple[Finished, Path, str]:
     assert finished.code == 0, finished.stderr
     assert watcher.pages
     (output,) = (home / "runs").iterdir()
-    return finished, output, "".join([*watcher.pages, *(log.read_text() for log in events.iterdir())])
+    return (
+        finished,
+        output,
+        "".join([*watcher.pages, *(log.read_text() for log in events.iterdir())]),
+    )
 
 
 @pytest.fixture
@@ -117,7 +131,11 @@ def test_the_lone_file_writes_what_the_sequential_script_writes(submitted: tuple
     result = result_of(finished)
 
     def shape(tree: Any) -> Any:
-        return {name: shape(branch) for name, branch in tree.items()} if isinstance(tree, dict) else None
+        return (
+            {name: shape(branch) for name, branch in tree.items()}
+            if isinstance(tree, dict)
+            else None
+        )
 
     assert shape({**result, "target": 0}) == shape({**run.result, "target": 0})
     assert result["images"] == run.result["images"]
@@ -133,13 +151,23 @@ def test_the_lone_file_writes_what_the_sequential_script_writes(submitted: tuple
         assert header == (run.folder / name).read_text().splitlines()[0]
     with (output / "skipped.csv").open() as file:
         assert [row["image"] for row in csv.DictReader(file)] == [TRUNCATED]  # found on an executor
-    assert {path.name for path in output.parent.parent.iterdir()} == {SCRIPT.name, "credentials.yml", "runs"}
+    assert {path.name for path in output.parent.parent.iterdir()} == {
+        SCRIPT.name,
+        "credentials.yml",
+        "runs",
+    }
 
 
 def test_screen_is_quiet(submitted: tuple) -> None:
     finished, _, _ = submitted
-    assert not re.search("tensorflow|cuda|>>>|oneDNN", finished.stderr + finished.stdout.rsplit("\n", 2)[0])
-    lines = [line for line in finished.stderr.splitlines() if line.strip() and not line.startswith("[Stage ")]
+    assert not re.search(
+        "tensorflow|cuda|>>>|oneDNN", finished.stderr + finished.stdout.rsplit("\n", 2)[0]
+    )
+    lines = [
+        line
+        for line in finished.stderr.splitlines()
+        if line.strip() and not line.startswith("[Stage ")
+    ]
     assert len(lines) < 10, lines
 
 
@@ -157,7 +185,16 @@ def unbroken(submitted: tuple, credentials: Path, folder: Path) -> tuple[dict, P
     """The result and the folder of a run of 8 epochs, with the module's cache."""
     home, output = folder / "unbroken", folder / "unbroken" / "run"
     home.mkdir()
-    words = ["--credentials", credentials, "--cache", folder / "cache", "--output", output, "--epochs", 8]
+    words = [
+        "--credentials",
+        credentials,
+        "--cache",
+        folder / "cache",
+        "--output",
+        output,
+        "--epochs",
+        8,
+    ]
     return result_of(submit(home, *words)), output
 
 
@@ -184,10 +221,11 @@ def drivers(folder: Path) -> dict[str, int]:
 
 
 def kill_executors(folder: Path, marks: list[Path], hold: float = 0) -> Callable[[], bool]:
-    """To call again and again while the run of `folder` goes on, as `stop`, which it never asks for.
+    """To call again and again while the run of `folder` goes on, as `stop`, which it never asks
+    for.
 
-    Kills an executor a second after each of the marks is there, takes the mark off the list, and holds the other
-    executors up for `hold` seconds.
+    Kills an executor a second after each of the marks is there, takes the mark off the list, and
+    holds the other executors up for `hold` seconds.
     """
 
     def kill() -> bool:
@@ -221,7 +259,9 @@ def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
         "--epochs",
         2,
     ]
-    resumed = result_of(submit(tmp_path, *words, stop=(kill_executors(tmp_path, marks), signal.SIGTERM)))
+    resumed = result_of(
+        submit(tmp_path, *words, stop=(kill_executors(tmp_path, marks), signal.SIGTERM))
+    )
     assert not marks
     assert resumed["images"] == result_of(submitted[0])["images"]
     assert resumed["ingest"]["from_cache"] == 0
@@ -236,14 +276,18 @@ def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
 def test_executors_killed_or_slow_and_a_resumed_run_change_nothing(
     unbroken: tuple, shared: list, tmp_path: Path
 ) -> None:
-    marks = [tmp_path / "cache", tmp_path / "run" / "history.csv"]  # in ingest, and in the second epoch
+    marks = [
+        tmp_path / "cache",
+        tmp_path / "run" / "history.csv",
+    ]  # in ingest, and in the second epoch
     words = [*shared, "--cache", tmp_path / "cache"]
     kill = kill_executors(tmp_path, marks, hold=10)
     finished = submit(tmp_path, *words, "--epochs", 2, stop=(kill, signal.SIGTERM))
     assert not marks
     assert result_of(finished)["images"] == unbroken[0]["images"]
-    # The losses, and not to the bit: one has been seen to differ in the last digit of float32. So early the scores of
-    # all images can be as close as that, which leaves the AUROC to rounding: it has been seen to differ by 2 %.
+    # The losses, and not to the bit: one has been seen to differ in the last digit of float32. So
+    # early the scores of all images can be as close as that, which leaves the AUROC to rounding: it
+    # has been seen to differ by 2 %.
     whole = losses(unbroken[1])[:, :2]
     assert losses(tmp_path / "run")[:, :2] == pytest.approx(whole[:2], rel=1e-6)
     resumed = result_of(submit(tmp_path, *words, "--resume"))
@@ -296,13 +340,17 @@ def announce(port: int, size: int, key: str = "") -> bytes:
 def test_asynchronous_among_strangers(
     submitted: tuple, asynchronous: list, port: int, tmp_path: Path
 ) -> None:
-    """Requests without the run's key reach the server while it serves, one of them half: the run goes on."""
+    """Requests without the run's key reach the server while it serves, one of them half: the run
+    goes on.
+    """
     answers, halves = [], []
 
     def disturb() -> bool:
         if not answers and serves(port):
             halves.append(socket.create_connection(("127.0.0.1", port)))
-            halves[0].sendall(b"POST /update HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf")
+            halves[0].sendall(
+                b"POST /update HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf"
+            )
             other_shape = elephas_bytes([np.zeros((2, 2), np.float32)])
             answers.extend(post(port, body) for body in (b"garbage", b"", other_shape))
             answers.append(post(port, other_shape, key="guessed"))
@@ -338,7 +386,9 @@ def test_what_the_parameter_server_takes(
     server.start()
     try:
         assert post(port, good) == post(port, good, "another") == post(port, good, "kéy") == 401
-        assert announce(port, 500_000_000) == b"HTTP/1.1 401 UNAUTHORIZED"  # its body is not waited for
+        assert (
+            announce(port, 500_000_000) == b"HTTP/1.1 401 UNAUTHORIZED"
+        )  # its body is not waited for
         assert announce(port, 500_000_000, "the key") == b"HTTP/1.1 413 REQUEST ENTITY TOO LARGE"
         same_size = b"x" * len(good)
         for body, status in [
@@ -377,7 +427,9 @@ def running_tasks(pages: int) -> int:
 
 
 def elephas_bytes(weights: list[np.ndarray]) -> bytes:
-    """An update as Elephas sends it: its format is in the docstring of elephas.utils.serialization."""
+    """An update as Elephas sends it: its format is in the docstring of
+    elephas.utils.serialization.
+    """
     parts = [np.uint32(len(weights)).tobytes()]
     for array in weights:
         kind = str(array.dtype).encode()
@@ -403,9 +455,11 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error(
     conf = (*LOOPBACK, f"spark.ui.port={pages}")
     finished = submit(tmp_path, *asynchronous, conf=conf, stop=(kill_one, signal.SIGTERM))
     assert finished.code == 2
-    # Not error_line: this cluster's master is in the driver's JVM, and may be ending while it replaces the executor,
-    # which Java shows as a trace of its own.
-    assert finished.stdout.splitlines()[-1].startswith("xray_elephas.py: error: an executor was lost")
+    # Not error_line: this cluster's master is in the driver's JVM, and may be ending while it
+    # replaces the executor, which Java shows as a trace of its own.
+    assert finished.stdout.splitlines()[-1].startswith(
+        "xray_elephas.py: error: an executor was lost"
+    )
     assert not serves(port)
 
 
@@ -443,7 +497,9 @@ def test_a_taken_port_is_an_error(submitted: tuple, shared: list, tmp_path: Path
 
 @pytest.mark.slow
 def test_hogwild_on_a_laptop_without_java_and_with_few_images(shared: list, tmp_path: Path) -> None:
-    """Python starts Spark, with PyPI's Java; and two workers would have no more images than a batch."""
+    """Python starts Spark, with PyPI's Java; and two workers would have no more images than a
+    batch.
+    """
     words = [*shared, "--workers", 2, "--mode", "hogwild", "--port", free_port()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", without_java(tmp_path))
@@ -493,7 +549,11 @@ def test_wrong_credentials(tmp_path: Path) -> None:
 
 
 def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "endpoint_url": "http://127.0.0.1:9"}
+    keys = {
+        "aws_access_key_id": "a",
+        "aws_secret_access_key": "b",
+        "endpoint_url": "http://127.0.0.1:9",
+    }
     monkeypatch.setattr(
         xray,
         "s3_client",
@@ -504,7 +564,9 @@ def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
             **credentials,
         ),
     )
-    ((row, pixels, problem),) = xray.fetch_partition(iter([(3, "images/x.png")]), keys, "bucket", 64)
+    ((row, pixels, problem),) = xray.fetch_partition(
+        iter([(3, "images/x.png")]), keys, "bucket", 64
+    )
     assert (row, pixels) == (None, None)
     assert "out of reach" in problem
 
@@ -513,7 +575,9 @@ def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
     ("images", "batch", "wanted", "count"),
     [(272, 8, 2, 2), (33, 32, 1, 1), (65, 32, 2, 1), (66, 32, 2, 2), (100, 32, 8, 3)],
 )
-def test_each_worker_has_more_images_than_a_batch(images: int, batch: int, wanted: int, count: int) -> None:
+def test_each_worker_has_more_images_than_a_batch(
+    images: int, batch: int, wanted: int, count: int
+) -> None:
     table = pd.DataFrame({"split": ["train"] * images + ["test"]})
     assert xray.count_workers(table, batch, wanted) == count
     assert images // count > batch
@@ -525,7 +589,9 @@ def test_too_few_for_one_worker() -> None:
 
 
 def settings(*options: Any, **conf: str) -> dict[str, str]:
-    """What the script sets on a cluster with these settings of Spark, dots written as two underscores."""
+    """What the script sets on a cluster with these settings of Spark, dots written as two
+    underscores.
+    """
     spark_conf = xray.SparkConf(loadDefaults=False)
     for name, value in conf.items():
         spark_conf.set(name.replace("__", "."), value)

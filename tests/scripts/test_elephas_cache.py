@@ -1,4 +1,6 @@
-"""The pixel cache of xray_elephas.py: what a run that fails leaves to the next one, and what cannot be used."""
+"""The pixel cache of xray_elephas.py: what a run that fails leaves to the next one, and what cannot
+be used.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,17 @@ def test_a_token_that_expires_loses_nothing_that_came(credentials: Path, tmp_pat
             endpoint_url=proxy.url,
             aws_session_token=SECRETS["aws_session_token"][::-1],
         )
-        # Of 200 requests a few were for the list and the labels, and those of threads that were under way are lost.
+        # Of 200 requests a few were for the list and the labels, and those of threads that were
+        # under way are lost.
         assert 100 < from_cache(submit(tmp_path, "--credentials", fresh, *ONE_EPOCH)) < 200
 
 
-def test_too_many_unreadable_images_lose_nothing_that_came(credentials: Path, tmp_path: Path) -> None:
-    assert "unreadable" in error_line(submit(tmp_path, "--credentials", credentials, "--max-skipped", 0))
+def test_too_many_unreadable_images_lose_nothing_that_came(
+    credentials: Path, tmp_path: Path
+) -> None:
+    assert "unreadable" in error_line(
+        submit(tmp_path, "--credentials", credentials, "--max-skipped", 0)
+    )
     assert from_cache(submit(tmp_path, "--credentials", credentials, *ONE_EPOCH)) == 410
 
 
@@ -59,15 +66,23 @@ def test_a_damaged_file_is_fetched_again(credentials: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("cache", ["hdfs:cache", "", "nonsense://host/cache", "s3a://bucket/cache"])
-def test_a_cache_that_cannot_be_used_is_one_line(credentials: Path, tmp_path: Path, cache: str) -> None:
+def test_a_cache_that_cannot_be_used_is_one_line(
+    credentials: Path, tmp_path: Path, cache: str
+) -> None:
     assert "--cache" in error_line(submit(tmp_path, "--credentials", credentials, "--cache", cache))
 
 
 def test_a_killed_driver_loses_the_round_in_hand_alone(tmp_path: Path) -> None:
-    films = [draw_radiograph("00000001_000.png", [], 64), draw_radiograph("00000002_000.png", ["Mass"], 64)]
+    films = [
+        draw_radiograph("00000001_000.png", [], 64),
+        draw_radiograph("00000002_000.png", ["Mass"], 64),
+    ]
     count = 5 * xray.ROUND
     names = [f"{number:08}_000.png" for number in range(1, count + 1)]
-    lines = [f"{name},{['No Finding', 'Mass'][number % 2]},{number}" for number, name in enumerate(names, 1)]
+    lines = [
+        f"{name},{['No Finding', 'Mass'][number % 2]},{number}"
+        for number, name in enumerate(names, 1)
+    ]
     labels = "\n".join(["Image Index,Finding Labels,Patient ID", *lines, ""])
     objects = {f"images/{name}": films[number % 2] for number, name in enumerate(names, 1)}
     objects["Data_Entry_2017_v2020.csv"] = labels.encode()

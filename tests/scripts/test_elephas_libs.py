@@ -1,4 +1,6 @@
-"""elephas_libs.sh: what it would install on which host, with a pip that only writes down what it is asked for."""
+"""elephas_libs.sh: what it would install on which host, with a pip that only writes down what it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,22 @@ class Host(NamedTuple):
 
     def install(self) -> subprocess.CompletedProcess[str]:
         command = ["bash", self.home / SCRIPT.name]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False
+        )
 
     def asked(self) -> list[list]:
         """What pip was asked for: words, and the lines of the list that they name."""
-        return [json.loads(line) for line in Path(self.environment["ASKED"]).read_text().splitlines()]
+        return [
+            json.loads(line) for line in Path(self.environment["ASKED"]).read_text().splitlines()
+        ]
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
-    """A host with Java, with no Spark but the one that pip has put beside this Python, and requirements.txt."""
+    """A host with Java, with no Spark but the one that pip has put beside this Python, and
+    requirements.txt.
+    """
     home, module = tmp_path / "home", tmp_path / "modules" / "pip"
     home.mkdir()
     module.mkdir(parents=True)
@@ -68,11 +76,17 @@ def host(tmp_path: Path) -> Host:
 def wanted(*without: str) -> list[str]:
     """The lines of requirements.txt but for these packages."""
     left_out = {"tqdm", *without}  # the other scripts' progress bar
-    return [line for line in requirements(ROOT / "requirements.txt") if line.split("==")[0] not in left_out]
+    return [
+        line
+        for line in requirements(ROOT / "requirements.txt")
+        if line.split("==")[0] not in left_out
+    ]
 
 
 def check(host: Host, *without: str) -> None:
-    """Run the script, and see that it asks pip for all but `without`, and for elephas without what that depends on."""
+    """Run the script, and see that it asks pip for all but `without`, and for elephas without what
+    that depends on.
+    """
     finished = host.install()
     assert finished.returncode == 0, finished.stderr
     assert host.asked() == [
@@ -117,7 +131,9 @@ def test_another_python_is_an_error(host: Host) -> None:
     host.environment["PYTHON"] = str(old)
     finished = host.install()
     assert finished.returncode == 2
-    assert finished.stderr.startswith("elephas_libs.sh: error: Python 3.8.1 is not between 3.9 and 3.12")
+    assert finished.stderr.startswith(
+        "elephas_libs.sh: error: Python 3.8.1 is not between 3.9 and 3.12"
+    )
 
 
 def test_packages_that_do_not_work_are_an_error(host: Host) -> None:
@@ -130,14 +146,20 @@ def test_packages_that_do_not_work_are_an_error(host: Host) -> None:
 
 @pytest.mark.slow
 def test_twice_in_a_venv_with_the_real_pip(host: Host, tmp_path: Path) -> None:
-    """A venv that sees the packages of this Python's: all is there, pip needs no network, and nothing changes."""
+    """A venv that sees the packages of this Python's: all is there, pip needs no network, and
+    nothing changes.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (library,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     packages = [path for path in sys.path if path.endswith("site-packages")]
     (library / "this_venv.pth").write_text("\n".join(packages))
     before = sorted(library.iterdir())
     python = tmp_path / "venv" / "bin" / "python"
-    environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "PIP_NO_INDEX": "1", "JAVA_HOME": "/somewhere"}
+    environment = {
+        "PATH": f"{python.parent}:/usr/bin:/bin",
+        "PIP_NO_INDEX": "1",
+        "JAVA_HOME": "/somewhere",
+    }
     for _ in range(2):
         finished = Host(host.home, environment).install()
         assert finished.returncode == 0, finished.stderr

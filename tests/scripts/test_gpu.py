@@ -1,4 +1,6 @@
-"""xray_gpu.py without a GPU: its rules on recorded device reports, and the whole script on two CPU devices."""
+"""xray_gpu.py without a GPU: its rules on recorded device reports, and the whole script on two CPU
+devices.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from helpers import QUICK, ROOT, parse, result_of, run_process
 
 import xray_gpu
 
-# What tf.config.experimental.get_device_details reports, by the names and capabilities of NVIDIA's tables.
+# What tf.config.experimental.get_device_details reports, by the names and capabilities of NVIDIA's
+# tables.
 M60 = {"device_name": "Tesla M60", "compute_capability": (5, 2)}
 T4 = {"device_name": "Tesla T4", "compute_capability": (7, 5)}
 A10G = {"device_name": "NVIDIA A10G", "compute_capability": (8, 6)}
@@ -32,7 +35,9 @@ def test_gpus_that_tensorflow_has_kernels_for(gpus: list[dict]) -> None:
 
 
 def test_no_gpu_is_an_error_and_never_a_cpu_run() -> None:
-    with pytest.raises(xray_gpu.UserError, match="no NVIDIA GPU.*nvidia-smi.*CUDA_VISIBLE_DEVICES.*and-cuda"):
+    with pytest.raises(
+        xray_gpu.UserError, match="no NVIDIA GPU.*nvidia-smi.*CUDA_VISIBLE_DEVICES.*and-cuda"
+    ):
         xray_gpu.check_gpus([], "2.19.1")
 
 
@@ -105,7 +110,9 @@ sys.exit(xray_gpu.run_script(xray_gpu.main))
 
 
 @pytest.mark.slow
-def test_the_whole_script_on_two_devices_in_mixed_precision(credentials: Path, tmp_path: Path) -> None:
+def test_the_whole_script_on_two_devices_in_mixed_precision(
+    credentials: Path, tmp_path: Path
+) -> None:
     options = [
         "--credentials",
         credentials,
@@ -125,17 +132,30 @@ def test_the_whole_script_on_two_devices_in_mixed_precision(credentials: Path, t
     assert result["images"] == {"train": 271, "validation": 48, "test": 91, "skipped": 1}
     # --batch-size is a replica's: 271 images are 17 steps of twice 8.
     assert "17/17" in finished.stdout
-    resumed = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--resume"], cwd=tmp_path)
+    resumed = run_process(
+        [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--resume"], cwd=tmp_path
+    )
     assert json.loads(resumed.stdout.splitlines()[-1])["auroc"] == result["auroc"], resumed.stderr
 
 
 @pytest.mark.slow
 def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Path) -> None:
-    """271 images are 3 steps of twice 45, and one image: alone, it would leave a replica with nan for statistics.
+    """271 images are 3 steps of twice 45, and one image: alone, it would leave a replica with nan
+    for statistics.
 
     So are the 91 of the test split one step and one image.
     """
-    options = ["--credentials", credentials, *QUICK, "--batch-size", 45, "--epochs", 1, "--output", "run"]
+    options = [
+        "--credentials",
+        credentials,
+        *QUICK,
+        "--batch-size",
+        45,
+        "--epochs",
+        1,
+        "--output",
+        "run",
+    ]
     finished = run_process(
         [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path
     )
@@ -145,7 +165,9 @@ def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Pat
     assert all(math.isfinite(value) for value in row.values())
     assert result["train"]["validation_auroc"]["best"] == row["validation_auroc"]
     with h5py.File(tmp_path / "run" / "checkpoint-1.weights.h5") as file:
-        file.visititems(lambda name, item: check_finite(name, item) if hasattr(item, "shape") else None)
+        file.visititems(
+            lambda name, item: check_finite(name, item) if hasattr(item, "shape") else None
+        )
 
 
 def check_finite(name: str, weights: Any) -> None:
@@ -154,7 +176,17 @@ def check_finite(name: str, weights: Any) -> None:
 
 @pytest.mark.slow
 def test_resume_on_other_devices_is_refused(credentials: Path, tmp_path: Path) -> None:
-    options = ["--credentials", credentials, *QUICK, "--limit", 150, "--epochs", 1, "--output", "run"]
+    options = [
+        "--credentials",
+        credentials,
+        *QUICK,
+        "--limit",
+        150,
+        "--epochs",
+        1,
+        "--output",
+        "run",
+    ]
     command = [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options]
     result_of(run_process([*command, "--precision", "float32"], cwd=tmp_path))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -162,13 +194,19 @@ def test_resume_on_other_devices_is_refused(credentials: Path, tmp_path: Path) -
     assert config["target"] == {"precision": "float32", "replicas": 2}
     for word, program, changed in [
         ("precision", ON_TWO_CPUS, ["--precision", "mixed_float16"]),
-        ("replicas", ON_TWO_CPUS.replace('"replicas": 2', '"replicas": 1'), ["--precision", "float32"]),
+        (
+            "replicas",
+            ON_TWO_CPUS.replace('"replicas": 2', '"replicas": 1'),
+            ["--precision", "float32"],
+        ),
     ]:
         again = run_process(
             [sys.executable, "-c", program, ROOT, *options, "--resume", *changed], cwd=tmp_path
         )
         assert again.code == 2, again.stderr
-        assert f"the run in run had --{word} {config['target'][word]}" in again.stderr.splitlines()[-1]
+        assert (
+            f"the run in run had --{word} {config['target'][word]}" in again.stderr.splitlines()[-1]
+        )
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
@@ -180,7 +218,9 @@ def policy(keras: Any) -> Any:
 
 
 def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) -> list[np.ndarray]:
-    """Loss, gradients and moving statistics of one step, one after the other; without dropout, which XLA draws anew."""
+    """Loss, gradients and moving statistics of one step, one after the other; without dropout,
+    which XLA draws anew.
+    """
     import keras
     import tensorflow as tf
 
@@ -189,15 +229,26 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
     @tf.function(jit_compile=xla)
     def step() -> tuple:
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(keras.losses.binary_crossentropy(truth, model(pixels, training=True)))
-            scaled = loss * 1024  # as Keras' LossScaleOptimizer does: small gradients would vanish in float16
-        gradients = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
+            loss = tf.reduce_mean(
+                keras.losses.binary_crossentropy(truth, model(pixels, training=True))
+            )
+            scaled = (
+                loss * 1024
+            )  # as Keras' LossScaleOptimizer does: small gradients would vanish in float16
+        gradients = tape.gradient(
+            scaled, [variable.value for variable in model.trainable_variables]
+        )
         assert loss.dtype == tf.float32
         return loss, [gradient / 1024 for gradient in gradients]
 
     loss, gradients = step()
-    statistics = [variable for variable in model.non_trainable_variables if "moving" in variable.name]
-    return [np.concatenate([np.ravel(part) for part in parts]) for parts in ([loss], gradients, statistics)]
+    statistics = [
+        variable for variable in model.non_trainable_variables if "moving" in variable.name
+    ]
+    return [
+        np.concatenate([np.ravel(part) for part in parts])
+        for parts in ([loss], gradients, statistics)
+    ]
 
 
 # float32 without XLA is test_cnn.py's.
@@ -207,10 +258,11 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
     [("float32", True), ("mixed_float16", False), ("mixed_float16", True)],
 )
 def test_a_step_is_as_right_as_that_of_stock_layers(policy: Any, precision: str, xla: bool) -> None:
-    """Fast layers against Keras' own in float32: no further from them than rounding takes Keras' own.
+    """Fast layers against Keras' own in float32: no further from them than rounding takes Keras'
+    own.
 
-    27 normalised layers make rounding large in the gradients. Keras' own layers show how large, in float32 under XLA,
-    which rounds in another order.
+    27 normalised layers make rounding large in the gradients. Keras' own layers show how large, in
+    float32 under XLA, which rounds in another order.
     """
     import keras
 
@@ -228,5 +280,7 @@ def test_a_step_is_as_right_as_that_of_stock_layers(policy: Any, precision: str,
     other = training_step(stock, pixels, truth, precision == "float32")
     found = training_step(fast, pixels, truth, xla)
     for part, want, stocks in zip(found, wanted, other):
-        error, stock_error = (np.linalg.norm(value - want) / np.linalg.norm(want) for value in (part, stocks))
+        error, stock_error = (
+            np.linalg.norm(value - want) / np.linalg.norm(want) for value in (part, stocks)
+        )
         assert error < 2 * stock_error + 1e-3

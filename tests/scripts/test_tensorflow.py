@@ -1,4 +1,6 @@
-"""The script as a process: what a run prints and leaves, and how it ends, goes on and refuses to."""
+"""The script as a process: what a run prints and leaves, and how it ends, goes on and refuses
+to.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def test_history_and_that_it_learns(run: Any) -> None:
 
 def test_predictions_give_the_metrics(run: Any, credentials: Path) -> None:
     frame = pd.read_csv(run.folder / "predictions.csv", dtype={"patient": str})
-    truth, scores = (frame[[f"{kind} {label}" for label in xray.LABELS]] for kind in ("true", "probability"))
+    truth, scores = (
+        frame[[f"{kind} {label}" for label in xray.LABELS]] for kind in ("true", "probability")
+    )
     assert list(frame) == ["image", "patient", *truth, *scores]
     table = xray.select_images(client_of(credentials), parse())
     test = table[table["split"] == "test"].reset_index()
@@ -162,8 +166,13 @@ def test_no_secret_is_left_anywhere(run: Any) -> None:
 def test_model_file_needs_keras_alone(run: Any, credentials: Path, tmp_path: Path) -> None:
     frame = pd.read_csv(run.folder / "predictions.csv")
     client = client_of(credentials)
-    images = [xray.fetch(client, "cs205-project-xray", f"images/{image}") for image in frame["image"]]
-    np.save(tmp_path / "pixels.npy", np.stack([xray.decode(data, 32) for data in images])[..., np.newaxis])
+    images = [
+        xray.fetch(client, "cs205-project-xray", f"images/{image}") for image in frame["image"]
+    ]
+    np.save(
+        tmp_path / "pixels.npy",
+        np.stack([xray.decode(data, 32) for data in images])[..., np.newaxis],
+    )
     program = """
 import sys, keras, numpy
 model = keras.models.load_model(sys.argv[1])
@@ -180,7 +189,9 @@ numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2]), verbose=0))
 
 @pytest.fixture(scope="module")
 def broken_off(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed after its first epoch, resumed, and interrupted after its second."""
+    """The folder of a run that was killed after its first epoch, resumed, and interrupted after its
+    second.
+    """
     folder = tmp_path_factory.mktemp("broken") / "output"
     command = [*run.options, "--output", folder]
 
@@ -201,7 +212,9 @@ def broken_off(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_broken_off_twice_ends_as_an_unbroken_one(run: Any, broken_off: Path, tmp_path: Path) -> None:
+def test_a_run_broken_off_twice_ends_as_an_unbroken_one(
+    run: Any, broken_off: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "output"
     shutil.copytree(broken_off, folder)
     finished = run_script(*run.options, "--resume", "--output", folder)
@@ -209,8 +222,12 @@ def test_a_run_broken_off_twice_ends_as_an_unbroken_one(run: Any, broken_off: Pa
     result = json.loads(finished.stdout.splitlines()[-1])
     assert [result[name] for name in METRICS] == [run.result[name] for name in METRICS]
     assert list(history(folder)["epoch"]) == [1, 2, 3]
-    pd.testing.assert_frame_equal(history(folder)[LOSSES], history(run.folder)[LOSSES], check_exact=True)
-    assert (folder / "predictions.csv").read_bytes() == (run.folder / "predictions.csv").read_bytes()
+    pd.testing.assert_frame_equal(
+        history(folder)[LOSSES], history(run.folder)[LOSSES], check_exact=True
+    )
+    assert (folder / "predictions.csv").read_bytes() == (
+        run.folder / "predictions.csv"
+    ).read_bytes()
     assert {path.name for path in folder.iterdir()} == {path.name for path in run.folder.iterdir()}
     assert result["ingest"]["from_cache"] == 410
     assert result["train"]["seconds"] == pytest.approx(history(folder)["seconds"].sum())
@@ -240,7 +257,9 @@ def test_resume_with_other_options(run: Any, begun: Path, fails: Callable, optio
     assert contents(begun) == before
 
 
-def test_resume_with_other_labels(run: Any, begun: Path, fails: Callable, credentials: Path) -> None:
+def test_resume_with_other_labels(
+    run: Any, begun: Path, fails: Callable, credentials: Path
+) -> None:
     client = client_of(credentials)
     where = {"Bucket": "cs205-project-xray", "Key": "Data_Entry_2017_v2020.csv"}
     before, data = contents(begun), client.get_object(**where)["Body"].read()
@@ -252,7 +271,9 @@ def test_resume_with_other_labels(run: Any, begun: Path, fails: Callable, creden
     assert contents(begun) == before
 
 
-def test_resume_with_other_images(run: Any, begun: Path, fails: Callable, credentials: Path) -> None:
+def test_resume_with_other_images(
+    run: Any, begun: Path, fails: Callable, credentials: Path
+) -> None:
     client, table = client_of(credentials), xray.select_images(client_of(credentials), parse())
     where = {"Bucket": "cs205-project-xray", "Key": table["key"][0]}
     before, data = contents(begun), client.get_object(**where)["Body"].read()
@@ -308,7 +329,9 @@ def test_more_threads_than_cores() -> None:
 
 
 def test_an_error_of_the_user_ends_the_process_with_2(credentials: Path, tmp_path: Path) -> None:
-    ended = run_script("--credentials", edited(credentials, tmp_path), "--bucket", "absent", cwd=tmp_path)
+    ended = run_script(
+        "--credentials", edited(credentials, tmp_path), "--bucket", "absent", cwd=tmp_path
+    )
     assert ended.code == 2
     assert len(ended.stderr.splitlines()) == 1
     assert "no bucket absent" in ended.stderr

@@ -3,10 +3,11 @@
     with fault_proxy(endpoint, latency_ms=50, every=20, kinds=FAULTS) as proxy:
         ...  # ask proxy.url instead of endpoint
 
-Every `every`-th request is faulty, the kinds in turn. `choose`, which can be set at any time, says the kind of fault
-from the method and the path of a request, '' for none; `changes` lists what was asked to write or delete. From request
-`expire_after` on, the session token that was in use is answered as expired, a new one is not. The Host header is passed
-on as it came, so that signatures hold.
+Every `every`-th request is faulty, the kinds in turn. `choose`, which can be set at any time, says
+the kind of fault from the method and the path of a request, '' for none; `changes` lists what was
+asked to write or delete. From request `expire_after` on, the session token that was in use is
+answered as expired, a new one is not. The Host header is passed on as it came, so that signatures
+hold.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from typing import Callable
 
 import urllib3
 
-FAULTS = ("slow down", "internal error", "reset", "truncated", "long length", "short length", "no answer")
+FAULTS = (
+    "slow down",
+    "internal error",
+    "reset",
+    "truncated",
+    "long length",
+    "short length",
+    "no answer",
+)
 STALLS = ("stall", "stall before the headers")  # each costs the client its read timeout
 ERROR = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{0}, says the proxy</Message></Error>"
 
@@ -43,15 +52,23 @@ class Handler(BaseHTTPRequestHandler):
             return self.hang_up(fault == "reset")
         if fault in ERRORS:
             status, code = ERRORS[fault]
-            return self.reply(status, {"Content-Type": "application/xml"}, ERROR.format(code).encode())
+            return self.reply(
+                status, {"Content-Type": "application/xml"}, ERROR.format(code).encode()
+            )
         asked = {
-            name: text for name, text in self.headers.items() if name.lower() not in ("connection", "expect")
+            name: text
+            for name, text in self.headers.items()
+            if name.lower() not in ("connection", "expect")
         }
         how = {"retries": False, "redirect": False, "decode_content": False}
-        came = server.pool.request(self.command, server.target + self.path, body=sent, headers=asked, **how)
+        came = server.pool.request(
+            self.command, server.target + self.path, body=sent, headers=asked, **how
+        )
         if fault == "lost answer":
             return self.hang_up(False)
-        headers = {name: text for name, text in came.headers.items() if name.lower() not in HOP_BY_HOP}
+        headers = {
+            name: text for name, text in came.headers.items() if name.lower() not in HOP_BY_HOP
+        }
         return self.reply(came.status, headers, came.data, fault)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
@@ -70,7 +87,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= bool(fault)
 
     def hang_up(self, reset: bool) -> None:
-        if reset:  # a socket that does not linger is closed by RST; its close() would wait for rfile
+        if (
+            reset
+        ):  # a socket that does not linger is closed by RST; its close() would wait for rfile
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
         self.close_connection = True
@@ -78,7 +97,10 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except (OSError, ValueError):  # the client has gone, or this end of the connection was reset
+        except (
+            OSError,
+            ValueError,
+        ):  # the client has gone, or this end of the connection was reset
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:
@@ -93,7 +115,9 @@ HOP_BY_HOP = {"connection", "content-length", "date", "keep-alive", "server", "t
 
 
 class Proxy(ThreadingHTTPServer):
-    """`url` to ask; `requests` and `injected` count the requests and, by kind, the faults so far."""
+    """`url` to ask; `requests` and `injected` count the requests and, by kind, the faults so
+    far.
+    """
 
     daemon_threads, request_queue_size = True, 128
 
@@ -131,11 +155,17 @@ class Proxy(ThreadingHTTPServer):
 
 @contextmanager
 def fault_proxy(
-    endpoint: str, latency_ms: float = 0, every: int = 0, kinds: Sequence[str] = FAULTS, expire_after: int = 0
+    endpoint: str,
+    latency_ms: float = 0,
+    every: int = 0,
+    kinds: Sequence[str] = FAULTS,
+    expire_after: int = 0,
 ) -> Iterator[Proxy]:
     """A proxy to the S3 server at `endpoint` for as long as the block lasts; ask its `url`."""
     with Proxy(endpoint, latency_ms, every, kinds, expire_after) as proxy:
-        threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         try:
             yield proxy
         finally:

@@ -1,29 +1,35 @@
-"""A stand-in for Amazon EMR: Hadoop's own servers (HDFS and YARN) on hosts that are network namespaces of this machine.
+"""A stand-in for Amazon EMR: Hadoop's own servers (HDFS and YARN) on hosts that are network
+namespaces of this machine.
 
     python tests/stand_ins/hadoop.py start [--nodes 2] [--memory 12288] [--cores 4] FOLDER
     python tests/stand_ins/hadoop.py stop
 
-`start` takes half a minute and prints the folders of Hadoop's and Spark's configuration. FOLDER must be empty or
-absent. `stop` ends every process of the hosts and leaves FOLDER, with the servers' logs. One cluster runs at a time.
+`start` takes half a minute and prints the folders of Hadoop's and Spark's configuration. FOLDER
+must be empty or absent. `stop` ends every process of the hosts and leaves FOLDER, with the servers'
+logs. One cluster runs at a time.
 
-FOLDER/on is a shell's command line on a host, with EMR's environment, the master unless `--host NAME` comes first:
+FOLDER/on is a shell's command line on a host, with EMR's environment, the master unless `--host
+NAME` comes first:
 
     FOLDER/on spark-submit --num-executors 2 xray_elephas.py
     FOLDER/on yarn application -list
     FOLDER/on yarn logs -applicationId application_1234567890123_0001
     FOLDER/on hdfs dfs -ls /
 
-The master runs NameNode and ResourceManager, each further host a DataNode and a NodeManager. The hosts share this
-machine's files, but a node's containers work and log in folders of their own, FOLDER/NODE. Memory and cores are what a
-node declares, whatever the machine has: YARN hands out no more, and kills a container that takes more memory than it
-asked for. Hosts reach this machine at GATEWAY, and nothing else: a server that they need must listen there.
+The master runs NameNode and ResourceManager, each further host a DataNode and a NodeManager. The
+hosts share this machine's files, but a node's containers work and log in folders of their own,
+FOLDER/NODE. Memory and cores are what a node declares, whatever the machine has: YARN hands out no
+more, and kills a container that takes more memory than it asked for. Hosts reach this machine at
+GATEWAY, and nothing else: a server that they need must listen there.
 
-Settings are EMR's where they matter to Spark: dynamic allocation with Spark's shuffle service in the NodeManagers, logs
-collected in HDFS, event log in HDFS, two attempts for an application, and a scheduler that counts memory alone, as
-Hadoop's default does and as EMR leaves it. The servers are of Hadoop 3.4.1, EMR 7.12's: what a run meets are YARN's
-rules, which the servers make, and they take the Hadoop 3.3.4 clients of pip's pyspark as they are.
+Settings are EMR's where they matter to Spark: dynamic allocation with Spark's shuffle service in
+the NodeManagers, logs collected in HDFS, event log in HDFS, two attempts for an application, and a
+scheduler that counts memory alone, as Hadoop's default does and as EMR leaves it. The servers are
+of Hadoop 3.4.1, EMR 7.12's: what a run meets are YARN's rules, which the servers make, and they
+take the Hadoop 3.3.4 clients of pip's pyspark as they are.
 
-Needs root, Debian's iproute2, openjdk-17-jre-headless and maven (jars from Maven Central, kept in ~/.m2), and pyspark.
+Needs root, Debian's iproute2, openjdk-17-jre-headless and maven (jars from Maven Central, kept in
+~/.m2), and pyspark.
 """
 
 from __future__ import annotations
@@ -53,7 +59,8 @@ MASTER = "xrayyarn1"
 BRIDGE = "xrayyarn0"
 GATEWAY = "10.78.0.254"  # this machine, as the hosts see it
 HOSTS_OF = Path("/etc/netns")  # `ip netns exec` lays the files of a folder there over /etc
-# Guice and the class loader of the NodeManager's services reach into Java's own classes, which Java 17 refuses.
+# Guice and the class loader of the NodeManager's services reach into Java's own classes, which Java
+# 17 refuses.
 JAVA = [
     "java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.net.preferIPv4Stack=true",
     "--add-opens=java.base/java.lang=ALL-UNNAMED", "--add-opens=java.base/java.net=ALL-UNNAMED",
@@ -107,7 +114,9 @@ class Cluster(NamedTuple):
         return self.folder / "on"
 
     def run(self, *words: object) -> str:
-        """What a command line prints on the master, such as `hdfs dfs -ls /`. Raises where it fails."""
+        """What a command line prints on the master, such as `hdfs dfs -ls /`. Raises where it
+        fails.
+        """
         command = [str(word) for word in (self.command, *words)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -150,12 +159,16 @@ def make_hosts(hosts: list[str]) -> None:
 
 
 def made_hosts() -> list[str]:
-    shown = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        ["ip", "netns", "list"], check=True, capture_output=True, text=True
+    ).stdout
     return [line.split()[0] for line in shown.splitlines() if line.startswith("xrayyarn")]
 
 
 def processes(host: str) -> list[int]:
-    shown = subprocess.run(["ip", "netns", "pids", host], check=False, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        ["ip", "netns", "pids", host], check=False, capture_output=True, text=True
+    ).stdout
     return [int(word) for word in shown.split()]
 
 
@@ -187,22 +200,32 @@ def stop() -> None:
 
 
 def find_jars() -> list[str]:
-    """The jars of the pom. Maven fetches them once, and is asked again only when the pom changes."""
+    """The jars of the pom. Maven fetches them once, and is asked again only when the pom
+    changes.
+    """
     cache = Path.home() / ".cache" / "xray-hadoop"
     kept = cache / f"{hashlib.sha256(POM.read_bytes()).hexdigest()[:16]}.classpath"
     if not (kept.exists() and all(Path(jar).exists() for jar in kept.read_text().split(":"))):
         cache.mkdir(parents=True, exist_ok=True)
-        words = ["dependency:build-classpath", "-Dmdep.includeScope=runtime", f"-Dmdep.outputFile={kept}"]
+        words = [
+            "dependency:build-classpath",
+            "-Dmdep.includeScope=runtime",
+            f"-Dmdep.outputFile={kept}",
+        ]
         finished = subprocess.run(
             ["mvn", "-B", "-q", "-f", POM, *words], check=False, capture_output=True, text=True
         )
         if finished.returncode:
-            raise StandInError(f"Maven cannot fetch Hadoop: {finished.stdout.strip().splitlines()[0]}")
+            raise StandInError(
+                f"Maven cannot fetch Hadoop: {finished.stdout.strip().splitlines()[0]}"
+            )
     return kept.read_text().strip().split(":")
 
 
 def server_classpath(folder: Path) -> str:
-    """Of the servers, and of Hadoop's command line. Spark's service must come from a class loader of its own."""
+    """Of the servers, and of Hadoop's command line. Spark's service must come from a class loader
+    of its own.
+    """
     jars = [jar for jar in find_jars() if "spark-network-yarn" not in jar]
     return ":".join([str(folder / "hadoop"), str(folder / "web"), *jars])
 
@@ -214,7 +237,9 @@ def spark_home() -> Path:
 
 
 def shuffle_service() -> str:
-    """The jars of Spark's shuffle service: one from Maven, and what it needs of pip's pyspark, of the same version."""
+    """The jars of Spark's shuffle service: one from Maven, and what it needs of pip's pyspark, of
+    the same version.
+    """
     wanted = (
         "spark-",
         "netty-",
@@ -231,7 +256,9 @@ def shuffle_service() -> str:
     return ":".join([own, *(str(jar) for jar in jars if jar.name.startswith(wanted))])
 
 
-def hadoop_settings(folder: Path, memory: int, cores: int, calculator: str) -> dict[str, dict[str, object]]:
+def hadoop_settings(
+    folder: Path, memory: int, cores: int, calculator: str
+) -> dict[str, dict[str, object]]:
     """The settings of Hadoop's configuration files."""
     core = {
         "fs.defaultFS": f"hdfs://{MASTER}:8020",
@@ -271,7 +298,12 @@ def hadoop_settings(folder: Path, memory: int, cores: int, calculator: str) -> d
         "yarn.scheduler.capacity.maximum-am-resource-percent": 0.5,
         "yarn.scheduler.capacity.resource-calculator": f"org.apache.hadoop.yarn.util.resource.{calculator}",
     }
-    return {"core-site": core, "hdfs-site": hdfs, "yarn-site": yarn, "capacity-scheduler": scheduler}
+    return {
+        "core-site": core,
+        "hdfs-site": hdfs,
+        "yarn-site": yarn,
+        "capacity-scheduler": scheduler,
+    }
 
 
 def spark_settings() -> dict[str, str]:
@@ -286,7 +318,8 @@ def spark_settings() -> dict[str, str]:
         "spark.executor.memory": "4743M",
         "spark.executor.cores": "2",
         "spark.hadoop.yarn.timeline-service.enabled": "false",
-        # EMR's Spark sends its 300 MB of jars to HDFS for each application; here each host has them where they are.
+        # EMR's Spark sends its 300 MB of jars to HDFS for each application; here each host has them
+        # where they are.
         "spark.yarn.jars": f"local:{spark_home()}/jars/*",
     }
     for part in json.loads(EMR.read_text())["Configurations"]:
@@ -296,7 +329,9 @@ def spark_settings() -> dict[str, str]:
 
 
 def write_configuration(folder: Path, memory: int, cores: int, calculator: str) -> None:
-    """FOLDER/hadoop and FOLDER/spark, which are HADOOP_CONF_DIR and SPARK_CONF_DIR, and FOLDER/on."""
+    """FOLDER/hadoop and FOLDER/spark, which are HADOOP_CONF_DIR and SPARK_CONF_DIR, and
+    FOLDER/on.
+    """
     hadoop, spark = folder / "hadoop", folder / "spark"
     hadoop.mkdir(parents=True)
     spark.mkdir()
@@ -305,7 +340,9 @@ def write_configuration(folder: Path, memory: int, cores: int, calculator: str) 
             f"<property><name>{key}</name><value>{escape(str(value))}</value></property>"
             for key, value in settings.items()
         ]
-        (hadoop / f"{name}.xml").write_text("\n".join(["<configuration>", *lines, "</configuration>", ""]))
+        (hadoop / f"{name}.xml").write_text(
+            "\n".join(["<configuration>", *lines, "</configuration>", ""])
+        )
     (hadoop / "log4j.properties").write_text(LOG4J)
     for server in (
         "hdfs",
@@ -317,7 +354,12 @@ def write_configuration(folder: Path, memory: int, cores: int, calculator: str) 
     # EMR names Python in the same file.
     (spark / "spark-env.sh").write_text(f"export PYSPARK_PYTHON={sys.executable}\n")
     java_home = Path(shutil.which("java")).resolve().parent.parent
-    words = {"java_home": java_home, "hadoop": hadoop, "spark": spark, "bin": Path(sys.executable).parent}
+    words = {
+        "java_home": java_home,
+        "hadoop": hadoop,
+        "spark": spark,
+        "bin": Path(sys.executable).parent,
+    }
     quoted = {name: shlex.quote(str(word)) for name, word in words.items()}
     (folder / "on").write_text(
         ON.format(master=MASTER, tools=shlex.quote(server_classpath(folder)), **quoted)
@@ -340,8 +382,20 @@ def start_server(folder: Path, host: str, server: str, *words: str) -> subproces
             "yarn.nodemanager.log-dirs": home / "containers",
         },
     }
-    settings = [word for name, value in options.get(server, {}).items() for word in ("-D", f"{name}={value}")]
-    command = [folder / "on", "--host", host, *JAVA, "-cp", server_classpath(folder), SERVERS[server]]
+    settings = [
+        word
+        for name, value in options.get(server, {}).items()
+        for word in ("-D", f"{name}={value}")
+    ]
+    command = [
+        folder / "on",
+        "--host",
+        host,
+        *JAVA,
+        "-cp",
+        server_classpath(folder),
+        SERVERS[server],
+    ]
     with (folder / "logs" / f"{host}-{server}.log").open("a") as log:
         return subprocess.Popen(
             [str(word) for word in (*command, *settings, *words)],
@@ -355,7 +409,9 @@ def start_node(folder: Path, node: str) -> list[subprocess.Popen]:
 
 
 def kill_node(node: str) -> None:
-    """What a power cut does to a node: its servers and containers are gone at once. start_node brings it back."""
+    """What a power cut does to a node: its servers and containers are gone at once. start_node
+    brings it back.
+    """
     for pid in processes(node):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -381,7 +437,9 @@ def start(
     cores: int = 4,
     calculator: str = "DefaultResourceCalculator",
 ) -> Cluster:
-    """The cluster, once its nodes are there and HDFS can be written. Raises StandInError where it does not come."""
+    """The cluster, once its nodes are there and HDFS can be written. Raises StandInError where it
+    does not come.
+    """
     folder = folder.resolve()
     if needs := missing_needs():
         raise StandInError(f"this machine lacks {', '.join(needs)}")
@@ -395,7 +453,10 @@ def start(
         make_hosts([MASTER, *cluster.nodes])
         if start_server(folder, MASTER, "namenode", "-format", "-nonInteractive").wait():
             raise StandInError(f"the NameNode does not start: {folder}/logs says why")
-        started = [start_server(folder, MASTER, "namenode"), start_server(folder, MASTER, "resourcemanager")]
+        started = [
+            start_server(folder, MASTER, "namenode"),
+            start_server(folder, MASTER, "resourcemanager"),
+        ]
         for node in cluster.nodes:
             started += start_node(folder, node)
         deadline = time.monotonic() + 120
@@ -404,7 +465,13 @@ def start(
                 raise StandInError(f"a server does not start: {folder}/logs says why")
             time.sleep(1)
         cluster.run(
-            "hdfs", "dfs", "-mkdir", "-p", "/var/log/spark/apps", "/var/log/hadoop-yarn/apps", "/user/root"
+            "hdfs",
+            "dfs",
+            "-mkdir",
+            "-p",
+            "/var/log/spark/apps",
+            "/var/log/hadoop-yarn/apps",
+            "/user/root",
         )
     except BaseException:
         stop()
@@ -431,8 +498,12 @@ def main() -> int:
     how = actions.add_parser("start")
     how.add_argument("folder", type=Path)
     how.add_argument("--nodes", type=int, default=2, help="hosts besides the master [%(default)s]")
-    how.add_argument("--memory", type=int, default=12288, help="MB that a node declares [%(default)s]")
-    how.add_argument("--cores", type=int, default=4, help="cores that a node declares [%(default)s]")
+    how.add_argument(
+        "--memory", type=int, default=12288, help="MB that a node declares [%(default)s]"
+    )
+    how.add_argument(
+        "--cores", type=int, default=4, help="cores that a node declares [%(default)s]"
+    )
     calculators = ["DefaultResourceCalculator", "DominantResourceCalculator"]
     how.add_argument(
         "--calculator", choices=calculators, default=calculators[0], help="of YARN [%(default)s]"

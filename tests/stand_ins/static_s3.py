@@ -1,8 +1,9 @@
-"""An S3 server of any number of keys, under any name, and of few objects: it costs little CPU, and answers late.
+"""An S3 server of any number of keys, under any name, and of few objects: it costs little CPU, and
+answers late.
 
-moto's server takes several milliseconds of a core for each image, next to which two workers' decoding could not be
-measured, and minutes to be filled with 112,120 keys. This one knows two requests, the list of a bucket and an object,
-and checks no signature.
+moto's server takes several milliseconds of a core for each image, next to which two workers'
+decoding could not be measured, and minutes to be filled with 112,120 keys. This one knows two
+requests, the list of a bucket and an object, and checks no signature.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ PAGE = 1000  # keys in an answer of S3
 
 
 def list_keys(keys: list[str], query: dict[str, list[str]]) -> bytes:
-    """The keys from the token on: docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html."""
+    """The keys from the token on:
+    docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html.
+    """
     keys = [key for key in keys if key.startswith(query.get("prefix", [""])[0])]
     first = int(query.get("continuation-token", ["0"])[0])
     last = first + min(PAGE, int(query.get("max-keys", [PAGE])[0]))
     more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(keys) else ""
     entries = (
-        f"<Contents><Key>{quote(key)}</Key><ETag>{etag(key)}</ETag></Contents>" for key in keys[first:last]
+        f"<Contents><Key>{quote(key)}</Key><ETag>{etag(key)}</ETag></Contents>"
+        for key in keys[first:last]
     )
     flags = f"<EncodingType>url</EncodingType><IsTruncated>{str(bool(more)).lower()}</IsTruncated>"
     return f"<ListBucketResult>{flags}{more}{''.join(entries)}</ListBucketResult>".encode()
@@ -36,7 +40,10 @@ def etag(key: str) -> str:
 
 
 async def answer(
-    objects: dict[str, bytes], seconds: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    objects: dict[str, bytes],
+    seconds: float,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
 ) -> None:
     """Answer the requests of one connection, each after `seconds`."""
     keys = sorted(objects)
@@ -50,7 +57,8 @@ async def answer(
         body = objects[key] if key else list_keys(keys, parse_qs(place.query))
         await asyncio.sleep(seconds)
         writer.write(
-            f"HTTP/1.1 200 OK\r\nETag: {etag(key)}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            f"HTTP/1.1 200 OK\r\nETag: {etag(key)}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
         )
         await writer.drain()
     writer.close()
@@ -72,9 +80,13 @@ def serve_objects(objects: dict[str, bytes], seconds: float, started: Connection
 
 @contextmanager
 def static_s3(objects: dict[str, bytes], seconds: float) -> Iterator[str]:
-    """A process that serves `objects` by key, in a bucket of any name, `seconds` late each: yields its endpoint URL."""
+    """A process that serves `objects` by key, in a bucket of any name, `seconds` late each: yields
+    its endpoint URL.
+    """
     ours, its = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve_objects, args=(objects, seconds, its))
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve_objects, args=(objects, seconds, its)
+    )
     server.start()
     try:
         yield f"http://127.0.0.1:{ours.recv()}"

@@ -2,8 +2,8 @@
 
     victim.run(options, folder_for_screen, die=("event", 7))
 
-A whole run takes about a second: processes fork from one that has TensorFlow loaded, not started, and the CNN is
-small. All else is the script's own. The moments:
+A whole run takes about a second: processes fork from one that has TensorFlow loaded, not started,
+and the CNN is small. All else is the script's own. The moments:
 
     ("image", n)   SIGKILL as the n-th radiograph is decoded
     ("batch", n)   SIGKILL as the n-th batch is made, of training or validation
@@ -47,8 +47,12 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def start(options: list[Any], screen: Path, die: Moment | None = None, folder: Path | None = None) -> Any:
-    """The process of a run, at home in `folder`. What it prints goes to `screen`.out and `screen`.err."""
+def start(
+    options: list[Any], screen: Path, die: Moment | None = None, folder: Path | None = None
+) -> Any:
+    """The process of a run, at home in `folder`. What it prints goes to `screen`.out and
+    `screen`.err.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["victim", "tensorflow", "keras", "matplotlib.figure"])
     words = [str(option) for option in options]
@@ -67,10 +71,14 @@ def end(process: Any, screen: Path) -> Ended:
     if process.is_alive():
         process.kill()
         raise AssertionError(f"the process hangs: {screen}")
-    return Ended(process.exitcode, *(screen.with_suffix(suffix).read_text() for suffix in (".out", ".err")))
+    return Ended(
+        process.exitcode, *(screen.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    )
 
 
-def run(options: list[Any], screen: Path, die: Moment | None = None, folder: Path | None = None) -> Ended:
+def run(
+    options: list[Any], screen: Path, die: Moment | None = None, folder: Path | None = None
+) -> Ended:
     return end(start(options, screen, die, folder), screen)
 
 
@@ -86,7 +94,9 @@ class Ticking(np.ndarray):
 
 
 def live(options: list[str], screen: Path, die: Moment | None, folder: Path | None) -> None:
-    """Run the script's `main` with `options` and exit with its code, unless the moment `die` comes before."""
+    """Run the script's `main` with `options` and exit with its code, unless the moment `die` comes
+    before.
+    """
     for number, suffix in ((1, ".out"), (2, ".err")):
         with screen.with_suffix(suffix).open("wb") as file:
             os.dup2(file.fileno(), number)
@@ -129,8 +139,12 @@ def live(options: list[str], screen: Path, die: Moment | None, folder: Path | No
 
 
 def changes(folder: str, event: str, args: tuple) -> bool:
-    """Whether an audit event (https://docs.python.org/3/library/audit_events.html) changes a file below `folder`."""
-    if event not in ("open", "os.rename", "os.remove", "os.mkdir") or not str(args[0]).startswith(folder):
+    """Whether an audit event (https://docs.python.org/3/library/audit_events.html) changes a file
+    below `folder`.
+    """
+    if event not in ("open", "os.rename", "os.remove", "os.mkdir") or not str(args[0]).startswith(
+        folder
+    ):
         return False
     return event != "open" or bool(args[2] & (os.O_WRONLY | os.O_RDWR))
 
@@ -145,6 +159,10 @@ def small_cnn(arguments: Any, truth: np.ndarray) -> Any:
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs))
     x = keras.layers.Dense(512, activation="relu")(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
-    model = keras.Model(inputs, keras.layers.Dense(len(xray.LABELS), activation="sigmoid")(x), name="xray")
-    model.compile(keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=False)
+    model = keras.Model(
+        inputs, keras.layers.Dense(len(xray.LABELS), activation="sigmoid")(x), name="xray"
+    )
+    model.compile(
+        keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=False
+    )
     return model

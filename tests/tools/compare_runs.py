@@ -1,10 +1,11 @@
-"""Compare runs of the three scripts: a table, and a chart of how many times as fast as one CPU thread each trains.
+"""Compare runs of the three scripts: a table, and a chart of how many times as fast as one CPU
+thread each trains.
 
     python tests/tools/compare_runs.py [--chart speedup.png] runs/*
 
-reads config.json and metrics.json of each run folder. The runs must be of the same images, split and CNN, and one of
-them sequential (xray_tensorflow.py on one thread): the first of those is what the others are compared with. Exit code
-2 and one line where they are not.
+reads config.json and metrics.json of each run folder. The runs must be of the same images, split
+and CNN, and one of them sequential (xray_tensorflow.py on one thread): the first of those is what
+the others are compared with. Exit code 2 and one line where they are not.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ def read_run(folder: Path) -> Run:
     files = [folder / name for name in ("config.json", "metrics.json")]
     for file in files:
         if not file.is_file():
-            raise CompareError(f"{folder} has no {file.name}: it is not the folder of a finished run")
+            raise CompareError(
+                f"{folder} has no {file.name}: it is not the folder of a finished run"
+            )
     return Run(folder, *(json.loads(file.read_text(encoding="utf-8")) for file in files))
 
 
 def check(runs: list[Run]) -> Run:
-    """The sequential run. Raises CompareError where the runs are not of the same data, split and CNN, or lack it."""
+    """The sequential run. Raises CompareError where the runs are not of the same data, split and
+    CNN, or lack it.
+    """
     first = runs[0]
     for run in runs[1:]:
         for kind, names in {
@@ -88,7 +93,9 @@ def check(runs: list[Run]) -> Run:
 
 
 def table(runs: list[Run], base: Run) -> str:
-    """A line a run: target, images/s of training, speed-up, mean AUROC and its interval, epochs, seconds a phase."""
+    """A line a run: target, images/s of training, speed-up, mean AUROC and its interval, epochs,
+    seconds a phase.
+    """
     headers = ["target", "images/s", "speed-up", "mean AUROC", "95 % interval", "epochs"]
     rows = [[*headers, *(f"{phase} s" for phase in PHASES)]]
     for run in runs:
@@ -115,7 +122,9 @@ def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
         range(len(runs)), speed_ups, color=["#999999" if run is base else "#0072B2" for run in runs]
     )
     axes.bar_label(
-        bars, [f"{ratio:.2f} ×  ({run.speed:.0f} images/s)" for ratio, run in zip(speed_ups, runs)], padding=4
+        bars,
+        [f"{ratio:.2f} ×  ({run.speed:.0f} images/s)" for ratio, run in zip(speed_ups, runs)],
+        padding=4,
     )
     axes.set_yticks(range(len(runs)), [run.target for run in runs])
     axes.invert_yaxis()

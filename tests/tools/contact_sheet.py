@@ -1,10 +1,12 @@
-"""Draw radiographs of a run's test split with their true and predicted findings: a sheet to look at, not a measure.
+"""Draw radiographs of a run's test split with their true and predicted findings: a sheet to look
+at, not a measure.
 
     python tests/tools/contact_sheet.py RUN_FOLDER [--cache DIR] [--output contact_sheet.png]
 
-For each label one test image that has it is drawn at random (seed 0), so that rare findings are seen. A finding is
-predicted where its probability reaches the run's threshold (metrics.json). The pixels are those that the network saw,
-from the cache of xray_tensorflow.py or xray_gpu.py, which must be there still. The sample bucket's is made so:
+For each label one test image that has it is drawn at random (seed 0), so that rare findings are
+seen. A finding is predicted where its probability reaches the run's threshold (metrics.json). The
+pixels are those that the network saw, from the cache of xray_tensorflow.py or xray_gpu.py, which
+must be there still. The sample bucket's is made so:
 
     python tests/sample_bucket.py xray_tensorflow.py --cache cache --output runs/sample
     python tests/tools/contact_sheet.py runs/sample
@@ -45,7 +47,9 @@ def choose(predictions: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
 
 
 def findings(row: pd.Series, thresholds: dict[str, float | None]) -> list[tuple[str, str]]:
-    """(kind, text) of what is true or predicted of an image: found, missed, then the false alarms."""
+    """(kind, text) of what is true or predicted of an image: found, missed, then the false
+    alarms.
+    """
     told = []
     for label, threshold in thresholds.items():
         true, probability = row[f"true {label}"] == 1, row[f"probability {label}"]
@@ -59,24 +63,34 @@ def findings(row: pd.Series, thresholds: dict[str, float | None]) -> list[tuple[
 
 
 def read_pixels(cache: Path, config: dict, images: list[str]) -> list[np.ndarray]:
-    """Grey uint8 (size, size) of each image, from the pixel cache. Raises SheetError where it lacks one."""
+    """Grey uint8 (size, size) of each image, from the pixel cache. Raises SheetError where it lacks
+    one.
+    """
     if not cache.is_file():
         raise SheetError(f"no {cache}: name the run's --cache, which must be there still")
     size, prefix = config["arguments"]["image_size"], config["arguments"]["images"].rstrip("/")
     # The newest: the cache may have images of that name from another server too.
-    query = "SELECT pixels FROM pixels WHERE source LIKE ? AND key = ? AND size = ? ORDER BY rowid DESC"
+    query = (
+        "SELECT pixels FROM pixels WHERE source LIKE ? AND key = ? AND size = ? ORDER BY rowid DESC"
+    )
     found = []
     with contextlib.closing(sqlite3.connect(cache)) as connection:
         for image in images:
             key = f"{prefix}/{image}" if prefix else image
-            row = connection.execute(query, (f"%/{config['arguments']['bucket']}", key, size)).fetchone()
+            row = connection.execute(
+                query, (f"%/{config['arguments']['bucket']}", key, size)
+            ).fetchone()
             if row is None:
-                raise SheetError(f"{cache} has no {key} of {size} pixels a side: name the run's --cache")
+                raise SheetError(
+                    f"{cache} has no {key} of {size} pixels a side: name the run's --cache"
+                )
             found.append(np.frombuffer(row[0], np.uint8).reshape(size, size))
     return found
 
 
-def draw_film(axes: Axes, pixels: np.ndarray, name: str, told: list[tuple[str, str]], lines: int) -> None:
+def draw_film(
+    axes: Axes, pixels: np.ndarray, name: str, told: list[tuple[str, str]], lines: int
+) -> None:
     """One radiograph, and below it its findings, at most `lines`."""
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
     axes.set_title(name, fontsize=9, color="#555555")
@@ -90,7 +104,9 @@ def draw_film(axes: Axes, pixels: np.ndarray, name: str, told: list[tuple[str, s
         place.set(color=color, fontsize=8.5, va="top")
 
 
-def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list[list], title: str) -> None:
+def draw_sheet(
+    path: Path, films: list[np.ndarray], names: list[str], told: list[list], title: str
+) -> None:
     """The films in rows of five."""
     lines = min(max(map(len, told)), 7)
     rows = -(-len(films) // COLUMNS)
@@ -107,7 +123,9 @@ def draw_sheet(path: Path, films: list[np.ndarray], names: list[str], told: list
         draw_film(axes, pixels, name, entries, lines)
     figure.text(0.01, 0.99, title, va="top", fontsize=13)
     for place, (kind, (mark, color)) in enumerate(KINDS.items()):
-        figure.text(0.72 + 0.085 * place, 0.99, f"{mark} {kind}", va="top", fontsize=12, color=color)
+        figure.text(
+            0.72 + 0.085 * place, 0.99, f"{mark} {kind}", va="top", fontsize=12, color=color
+        )
     figure.savefig(path, dpi=90)
 
 
@@ -117,16 +135,21 @@ def main(words: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="of the run [as in its config.json]")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="of the run [as in its config.json]"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="PNG", default="contact_sheet.png", help="[%(default)s]"
     )
     arguments = parser.parse_args(words)
     try:
         if not (arguments.run / "metrics.json").is_file():
-            raise SheetError(f"{arguments.run} has no metrics.json: it is not the folder of a finished run")
+            raise SheetError(
+                f"{arguments.run} has no metrics.json: it is not the folder of a finished run"
+            )
         config, metrics = (
-            json.loads((arguments.run / name).read_text()) for name in ("config.json", "metrics.json")
+            json.loads((arguments.run / name).read_text())
+            for name in ("config.json", "metrics.json")
         )
         predictions = pd.read_csv(arguments.run / "predictions.csv")
         chosen = choose(predictions, list(metrics["thresholds"]))
@@ -139,7 +162,9 @@ def main(words: list[str] | None = None) -> int:
         return 2
     told = [findings(row, metrics["thresholds"]) for _, row in chosen.iterrows()]
     size = config["arguments"]["image_size"]
-    title = f"Test images as the network sees them, {size} × {size} pixels: probability and threshold"
+    title = (
+        f"Test images as the network sees them, {size} × {size} pixels: probability and threshold"
+    )
     draw_sheet(arguments.output, films, names, told, title)
     return 0
 

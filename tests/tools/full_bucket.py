@@ -1,11 +1,13 @@
-"""Run a script on a bucket with all of ChestX-ray14's names, served on loopback, and say what each process took.
+"""Run a script on a bucket with all of ChestX-ray14's names, served on loopback, and say what each
+process took.
 
-    python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz python xray_tensorflow.py --image-size 64 ...
-    python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz spark-submit xray_elephas.py ...
+    python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz python xray_tensorflow.py
+    --image-size 64 ... python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz spark-submit
+    xray_elephas.py ...
 
-The label file is NIH's. Each of its images is one of a few drawn films of 64 x 64 pixels, so that the number is the
-real one and the time is not. The command gets `--credentials` at its end. The last lines are the largest memory of
-each kind of process.
+The label file is NIH's. Each of its images is one of a few drawn films of 64 x 64 pixels, so that
+the number is the real one and the time is not. The command gets `--credentials` at its end. The
+last lines are the largest memory of each kind of process.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def bucket_of(labels: Path) -> dict[str, bytes]:
 
 
 def peak_memory(peaks: dict[str, int]) -> None:
-    """Note the largest resident memory, in MB, of each process that runs under this one, by name and number."""
+    """Note the largest resident memory, in MB, of each process that runs under this one, by name
+    and number.
+    """
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
