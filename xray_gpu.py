@@ -874,9 +874,8 @@ def fast_batch_normalization(
         return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
     result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
     count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
-    biased = (
-        result.batch_variance * (count - 1) / count
-    )  # as Keras has it; the kernel gives the unbiased variance
+    # As Keras has it; the kernel gives the unbiased variance.
+    biased = result.batch_variance * (count - 1) / count
     for statistic, value in ((norm.moving_mean, result.batch_mean), (norm.moving_variance, biased)):
         statistic.assign(statistic * norm.momentum + value * (1 - norm.momentum))
     return result.y
@@ -908,9 +907,8 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = (
-                0.9  # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps
-            )
+            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps.
+            layer.momentum = 0.9
             # Statistics that come with weights stay as they are. backbone(x, training=False), as
             # Keras' guide has it, does not see to that: fit passes training=True on to nested
             # models (Keras 3.10 to 3.15).
@@ -963,12 +961,10 @@ def batches(
         tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))
     ).prefetch(2)
     options = tf.data.Options()
-    options.autotune.enabled = (
-        False  # there is nothing to tune, and its thread holds up the end of each epoch by 1 s
-    )
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.OFF
-    )  # one machine
+    # There is nothing to tune, and its thread holds up the end of each epoch by 1 s.
+    options.autotune.enabled = False
+    # One machine.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return data.with_options(options)
 
 
@@ -1277,11 +1273,8 @@ class S3Copy:
     """
 
     CLAIM = ".taken"  # the object that keeps other runs away until config.json does
-    LAST = (
-        "config.json",
-        "history.csv",
-        "metrics.json",
-    )  # they speak of files that must be there before them
+    # They speak of files that must be there before them.
+    LAST = ("config.json", "history.csv", "metrics.json")
 
     def __init__(self, credentials: dict[str, str], output: str) -> None:
         self._output = output
@@ -1614,10 +1607,9 @@ def write_result(
         "target": measured["target"],
         "versions": versions(),
     }
+    without_optimizer = keras.Model(model.inputs, model.outputs, name=model.name)
     with replacing(folder / "model.keras") as partial:
-        keras.Model(model.inputs, model.outputs, name=model.name).save(
-            partial
-        )  # the same layers, no optimizer
+        without_optimizer.save(partial)
     draw_report(folder / "report.png", report, history)
     write(folder / "metrics.json", json.dumps(result, indent=2))
     print(
@@ -1641,9 +1633,8 @@ def open_cache(path: Path) -> sqlite3.Connection:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     cache = sqlite3.connect(path, timeout=60, isolation_level=None)
-    cache.execute(
-        "PRAGMA journal_mode = WAL"
-    )  # several scripts at once, and no fsync for each image
+    # Several scripts at once, and no fsync for each image.
+    cache.execute("PRAGMA journal_mode = WAL")
     cache.execute("PRAGMA synchronous = NORMAL")
     columns = "source TEXT, key TEXT, size INTEGER, etag TEXT, crc INTEGER, pixels BLOB"
     cache.execute(f"CREATE TABLE IF NOT EXISTS pixels ({columns}, PRIMARY KEY (source, key, size))")
