@@ -30,20 +30,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "xray_tensorflow.py"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SECRETS = {"aws_secret_key_id": "Tru5tNo0neWithThis", "aws_session_token": "T0kenToKeepToOneself"}
+
+
+def as_options(**values: Any) -> list[str]:
+    """`--image-size 32` for `image_size=32`, and so on."""
+    return [
+        word
+        for name, value in values.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
 # A run of the whole sample in seconds, most of which TensorFlow takes to start and to trace its
 # graph.
-QUICK = [
-    "--weights",
-    "none",
-    "--image-size",
-    "32",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "8",
-    "--learning-rate",
-    "1e-3",
-]
+QUICK = as_options(weights="none", image_size=32, epochs=3, batch_size=8, learning_rate=1e-3)
 
 
 def parse(*options: Any) -> argparse.Namespace:
@@ -214,9 +214,8 @@ def error_line(finished: Finished) -> str:
     """The error of a submitted run that met something the user can fix: one line, no trace of
     Python or Java.
     """
-    shown = (
-        finished.stderr + finished.stdout
-    )  # spark-submit passes on as stdout what the script writes to stderr
+    # On stdout spark-submit passes on what the script writes to stderr.
+    shown = finished.stderr + finished.stdout
     assert finished.code == 2, shown
     assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
     assert not secrets_in(shown.encode())

@@ -66,9 +66,8 @@ DEFAULTS = [
     "--learning-rate",
     "1e-3",
 ]
-GRID = (
-    320  # side in pixels of the square the anatomy is drawn on, before it is enlarged to the film
-)
+# Side in pixels of the square the anatomy is drawn on, before it is enlarged to the film.
+GRID = 320
 
 
 # ---- the look-alike radiograph ----
@@ -138,9 +137,8 @@ def draw_chest(patient: str, findings: Collection[str]) -> Chest:
         floor = y - base + dome * np.clip(1.1 - u[-1] ** 2, -1, 1) - 0.02 * side
         lung.append(inside(np.maximum(wall, floor * 4), 0.16))
     chest = Chest(np.full_like(x, 18), x, y, tuple(u), v, tuple(lung), centre, base)
-    draw_body(
-        chest, tissue, air + 4 * clouds(rng, 48) + 3 * clouds(rng, 24)
-    )  # air and blood vessels
+    # Air and blood vessels.
+    draw_body(chest, tissue, air + 4 * clouds(rng, 48) + 3 * clouds(rng, 24))
     draw_middle(chest, heart)
     return chest
 
@@ -365,9 +363,8 @@ def serve_until(address: str, ours: Connection) -> None:
     """Serve, with the port sent to `ours`, until its other end is closed, as the kernel does for a
     killed process.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the terminal's Ctrl-C is for the script, which may still fetch
+    # The terminal's Ctrl-C is for the script, which may still fetch.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
     server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers import QUICK, ROOT, SECRETS, edited, free_port, result_of, run_process
+from helpers import QUICK, ROOT, SECRETS, as_options, edited, free_port, result_of, run_process
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 
 SPARK = Path(pytest.importorskip("pyspark").__file__).parent / "bin" / "spark-class"
@@ -75,21 +75,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         credentials = edited(write_credentials(folder, endpoint), folder, **SECRETS)
         words = [
             "org.apache.spark.deploy.master.Master",
-            "--host",
-            DRIVER,
-            "--port",
-            port,
-            "--webui-port",
-            0,
+            *as_options(host=DRIVER, port=port, webui_port=0),
         ]
         commands = [[SPARK, *words]]
         for name in namespaces:
             words = [
                 "org.apache.spark.deploy.worker.Worker",
-                "--host",
-                f"10.77.0.{name[-1]}",
-                "--cores",
-                1,
+                *as_options(host=f"10.77.0.{name[-1]}", cores=1),
             ]
             words += ["--memory", "1g", "--webui-port", 0, "--work-dir", folder / name, master]
             commands.append(["ip", "netns", "exec", name, SPARK, *words])

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from helpers import QUICK, ROOT, SECRETS, client_of, edited, secrets_in
+from helpers import QUICK, ROOT, SECRETS, as_options, client_of, edited, secrets_in
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 from stand_ins import hadoop
 
@@ -235,14 +235,9 @@ def test_two_executors_of_four_slots(yarn: Yarn, client: Run) -> None:
 
 def test_it_learns_what_it_learns_elsewhere(yarn: Yarn, client: Run, tmp_path: Path) -> None:
     words = ["--master", "local-cluster[2,4,2048]", ROOT / "xray_elephas.py", *TINY]
-    words += [
-        "--credentials",
-        yarn.credentials,
-        "--cache",
-        tmp_path / "cache",
-        "--output",
-        tmp_path / "run",
-    ]
+    words += as_options(
+        credentials=yarn.credentials, cache=tmp_path / "cache", output=tmp_path / "run"
+    )
     command = [Path(sys.executable).with_name("spark-submit"), *words]
     finished = run_command(["env", f"PYSPARK_PYTHON={sys.executable}", *command], tmp_path)
     assert result_of(finished.stdout)["target"]["workers"] == 8

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, client_of, label_file, make_bucket, parse, run_process
+from helpers import ROOT, as_options, client_of, label_file, make_bucket, parse, run_process
 from sample_bucket import BUCKET, draw_radiograph, read_rows
 
 import xray_tensorflow as xray
@@ -41,18 +41,7 @@ def client(credentials: Path) -> Any:
 
 def ingest(client: Any, cache: Path, *options: Any) -> tuple[dict[str, np.ndarray], int]:
     """The pixels of each image, and how many came from the cache."""
-    words = [
-        "--bucket",
-        "small",
-        "--image-size",
-        32,
-        "--batch-size",
-        1,
-        "--max-skipped",
-        0.1,
-        "--cache",
-        cache,
-    ]
+    words = as_options(bucket="small", image_size=32, batch_size=1, max_skipped=0.1, cache=cache)
     arguments = parse(*words, *options)
     table = xray.select_images(client, arguments)
     pixels, skipped, cached = xray.ingest(client, arguments, table)
@@ -188,9 +177,8 @@ def test_no_damage_gives_wrong_pixels(client: Any, tmp_path: Path) -> None:
     kept = []
     for turn in range(12):
         bad = bytearray(whole)
-        start = random.integers(
-            100, len(whole)
-        )  # SQLite's words for a damaged header are an error line, as they came
+        # SQLite's words for a damaged header are an error line, as they came.
+        start = random.integers(100, len(whole))
         bad[start : start + 40] = random.bytes(len(bad[start : start + 40]))
         (tmp_path / "pixels.sqlite").write_bytes(bad if turn % 3 else bad[:start])
         pixels, cached = ingest(client, tmp_path)

@@ -201,15 +201,13 @@ def refuse(weights: str, truth: np.ndarray) -> str:
 def test_imagenet_that_cannot_be_downloaded(
     truth: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "https_proxy", "http://127.0.0.1:1"
-    )  # where nobody listens, on a machine with a network too
+    # Where nobody listens, on a machine with a network too.
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     assert "imagenet" in refuse("imagenet", truth)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Skipping nested container:UserWarning:keras"
-)  # of the file of another CNN
+# Of the file of another CNN.
+@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning:keras")
 def test_weights_that_are_none(truth: np.ndarray, tmp_path: Path, keras: Any) -> None:
     assert "absent.h5" in refuse(str(tmp_path / "absent.h5"), truth)
     for name in ("text.weights.h5", "text.h5", "text"):

@@ -12,15 +12,14 @@ from typing import Callable
 
 import numpy as np
 import pytest
-from helpers import client_of, label_file, make_bucket, parse
+from helpers import as_options, client_of, label_file, make_bucket, parse
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from sample_bucket import TRUNCATED, draw_radiograph, read_rows
 
 import xray_tensorflow as xray
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::PIL.Image.DecompressionBombWarning"
-)  # one image is such a bomb
+# One image is such a bomb.
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
 def encode(image: Image.Image, form: str = "PNG") -> bytes:
@@ -29,14 +28,12 @@ def encode(image: Image.Image, form: str = "PNG") -> bytes:
     return data.getvalue()
 
 
-GREY = np.tile(np.repeat([[40, 200]], 32, axis=1), (64, 1)).astype(
-    np.uint8
-)  # left half dark, right half bright
+# Left half dark, right half bright.
+GREY = np.tile(np.repeat([[40, 200]], 32, axis=1), (64, 1)).astype(np.uint8)
 PICTURE = Image.fromarray(GREY)
 RGBA = PICTURE.convert("RGBA")
-RGBA.putalpha(
-    90
-)  # NIH's alpha channels carry nothing: the grey must not be mixed with a background
+# NIH's alpha channels carry nothing: the grey must not be mixed with a background.
+RGBA.putalpha(90)
 PALETTE = Image.fromarray((GREY > 100).astype(np.uint8), "P")
 PALETTE.putpalette([40] * 3 + [200] * 3)
 MOVING = io.BytesIO()
@@ -180,18 +177,7 @@ def test_unreadable_images_are_skipped_and_said_why(
     credentials: Path, odd: dict, tmp_path: Path
 ) -> None:
     client = client_of(credentials)
-    options = [
-        "--bucket",
-        "odd",
-        "--image-size",
-        32,
-        "--batch-size",
-        8,
-        "--cache",
-        tmp_path,
-        "--max-skipped",
-        0.2,
-    ]
+    options = as_options(bucket="odd", image_size=32, batch_size=8, cache=tmp_path, max_skipped=0.2)
     table = xray.select_images(client, parse(*options))
     pixels, skipped, cached = xray.ingest(client, parse(*options), table)
     assert {table["image"][row] for row in skipped} == set(odd)
@@ -207,18 +193,9 @@ def test_unreadable_images_are_skipped_and_said_why(
 
 def test_too_many_unreadable_images(credentials: Path, odd: dict, tmp_path: Path) -> None:
     client = client_of(credentials)
-    options = [
-        "--bucket",
-        "odd",
-        "--image-size",
-        32,
-        "--batch-size",
-        8,
-        "--cache",
-        tmp_path,
-        "--max-skipped",
-        0.05,
-    ]
+    options = as_options(
+        bucket="odd", image_size=32, batch_size=8, cache=tmp_path, max_skipped=0.05
+    )
     with pytest.raises(xray.UserError, match="--max-skipped") as error:
         xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))
     assert any(name in str(error.value) for name in odd)
@@ -244,18 +221,7 @@ def test_a_split_that_loses_all_its_images_is_one_line(
     table = xray.select_images(client, parse("--bucket", "lost", "--batch-size", 8))
     for image in table["image"][table["split"] != "validation"]:
         client.put_object(Bucket="lost", Key=f"images/{image}", Body=READABLE["L"])
-    options = [
-        "--bucket",
-        "lost",
-        "--max-skipped",
-        1,
-        "--weights",
-        "none",
-        "--image-size",
-        32,
-        "--epochs",
-        1,
-    ]
+    options = as_options(bucket="lost", max_skipped=1, weights="none", image_size=32, epochs=1)
     assert "validation" in fails(
         *options, "--cache", tmp_path / "cache", "--output", tmp_path / "output"
     )

@@ -129,9 +129,8 @@ def test_runs_that_fail_do_not_take_the_folder_of_those_that_begin(home: Path) -
                 pass
 
     in_threads(come_and_go, 6)
-    assert (
-        list(home.glob("runs/*")) == []
-    )  # runs/ itself may stay, where another run was just coming
+    # The folder runs/ itself may stay, where another run was just coming.
+    assert list(home.glob("runs/*")) == []
 
 
 HOLD = """

@@ -21,7 +21,7 @@ import victim
 import yaml
 from botocore.config import Config
 from fault_proxy import FAULTS, STALLS, Proxy, fault_proxy
-from helpers import QUICK, ROOT, SECRETS, edited, one_line, parse, run_process
+from helpers import QUICK, ROOT, SECRETS, as_options, edited, one_line, parse, run_process
 from sample_bucket import TRUNCATED
 
 import xray_tensorflow as xray
@@ -57,7 +57,20 @@ def assert_right(pixels: dict[str, np.ndarray], right: dict[str, np.ndarray]) ->
     assert all(np.array_equal(pixels[image], right[image]) for image in pixels)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+# By default one that breaks a connection and one that S3 says in words.
+KINDS = [
+    kind if kind in ("reset", "slow down") else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in FAULTS
+]
+
+
+def run_options(credentials: Path, folder: Path, **more: Any) -> list[Any]:
+    """A quick run with the pixel cache and the run folder `run` in `folder`."""
+    output = folder / "run"
+    return [*QUICK, *as_options(credentials=credentials, cache=folder, output=output, **more)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_fault(credentials: Path, right: dict, tmp_path: Path, kind: str) -> None:
     with faulty(credentials, tmp_path, every=4, kinds=[kind]) as (proxy, through):
         pixels = ingest(through, tmp_path, "--limit", 40)
@@ -66,7 +79,7 @@ def test_each_fault(credentials: Path, right: dict, tmp_path: Path, kind: str) -
     assert_right(pixels, right)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_fault_of_list_and_labels(credentials: Path, tmp_path: Path, kind: str) -> None:
     # A CSV that is cut between two rows, length and all, cannot be told from a shorter one:
     # docs/faults.md says so.
@@ -100,17 +113,7 @@ def test_a_run_with_one_request_in_twenty_faulty_has_all_images(
     credentials: Path, right: dict, tmp_path: Path
 ) -> None:
     with faulty(credentials, tmp_path, every=20) as (proxy, through):
-        options = [
-            "--credentials",
-            through,
-            *QUICK,
-            "--epochs",
-            1,
-            "--cache",
-            tmp_path,
-            "--output",
-            tmp_path / "run",
-        ]
+        options = run_options(through, tmp_path, epochs=1)
         ended = victim.run(options, tmp_path / "screen")
         assert set(proxy.injected) == set(FAULTS)
     assert ended.code == 0, ended.stderr
@@ -146,17 +149,7 @@ def test_an_expired_token_is_one_line_and_a_fresh_one_goes_on(
     credentials: Path, right: dict, tmp_path: Path
 ) -> None:
     with faulty(credentials, tmp_path, expire_after=200) as (_, through):
-        options = [
-            "--credentials",
-            through,
-            *QUICK,
-            "--epochs",
-            1,
-            "--cache",
-            tmp_path,
-            "--output",
-            tmp_path / "run",
-        ]
+        options = run_options(through, tmp_path, epochs=1)
         stale = victim.run(options, tmp_path / "stale")
         assert "session token is expired" in one_line(stale.code, stale.stderr)
         assert not (tmp_path / "run").exists()
@@ -179,15 +172,7 @@ def test_a_signal_ends_a_run_whose_requests_all_hang(
         proxy,
         through,
     ):
-        options = [
-            "--credentials",
-            through,
-            *QUICK,
-            "--cache",
-            tmp_path,
-            "--output",
-            tmp_path / "run",
-        ]
+        options = run_options(through, tmp_path)
         process = victim.start(options, tmp_path / "screen")
         while proxy.injected["stall"] < xray.FETCH_THREADS:
             assert process.is_alive()
@@ -215,15 +200,7 @@ def test_the_traceback_of_a_bug_shows_no_secret(
 ) -> None:
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport xray_tensorflow as xray\n{BUGS[bug]}\n"
     program += "sys.exit(xray.run_script(xray.main))"
-    options = [
-        "--credentials",
-        credentials,
-        *QUICK,
-        "--cache",
-        tmp_path / "cache",
-        "--output",
-        tmp_path / "run",
-    ]
+    options = run_options(credentials, tmp_path)
     ended = run_process([sys.executable, "-c", program, *options], cwd=tmp_path)
     assert ended.code == 1
     assert "Traceback" in ended.stderr

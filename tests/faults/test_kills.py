@@ -26,16 +26,15 @@ import pytest
 import victim
 import yaml
 from fault_proxy import fault_proxy
-from helpers import QUICK, edited, one_line
+from helpers import QUICK, as_options, edited, one_line
 from PIL import Image
 from sample_bucket import connect
 
 IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
 BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 of training and 6 of validation
 BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file, of 6.6 MB
-EVENTS = range(
-    1, 21
-)  # folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics
+# Folder, config, skipped; checkpoint, history (twice); predictions, model, report, metrics.
+EVENTS = range(1, 21)
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
 FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), ("event", 12)}
@@ -238,12 +237,7 @@ def test_s3_that_refuses_from_the_first_epoch_on(
         output = f"s3://{RUNS}/refused"
         options = [
             *unbroken.options,
-            "--credentials",
-            through,
-            "--output",
-            output,
-            "--cache",
-            tmp_path / "cache",
+            *as_options(credentials=through, output=output, cache=tmp_path / "cache"),
         ]
         ended = victim.run(options, tmp_path / "screen", folder=tmp_path)
         assert ended.code == 3

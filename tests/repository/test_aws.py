@@ -131,9 +131,8 @@ def test_a_policy_gives_these_rights_and_no_others(
         )
     assert given == rights
     iam = boto3.client("iam", endpoint_url=endpoint, **KEYS)
-    iam.create_policy(
-        PolicyName="xray", PolicyDocument=json.dumps(policy)
-    )  # moto checks the grammar, as IAM does
+    # Moto checks the grammar, as IAM does.
+    iam.create_policy(PolicyName="xray", PolicyDocument=json.dumps(policy))
     with pytest.raises(iam.exceptions.MalformedPolicyDocumentException):
         iam.create_policy(
             PolicyName="bad", PolicyDocument=json.dumps(policy).replace("Allow", "Permit")

@@ -32,6 +32,7 @@ from helpers import (
     ROOT,
     SECRETS,
     Finished,
+    as_options,
     error_line,
     free_port,
     result_of,
@@ -185,16 +186,7 @@ def unbroken(submitted: tuple, credentials: Path, folder: Path) -> tuple[dict, P
     """The result and the folder of a run of 8 epochs, with the module's cache."""
     home, output = folder / "unbroken", folder / "unbroken" / "run"
     home.mkdir()
-    words = [
-        "--credentials",
-        credentials,
-        "--cache",
-        folder / "cache",
-        "--output",
-        output,
-        "--epochs",
-        8,
-    ]
+    words = as_options(credentials=credentials, cache=folder / "cache", output=output, epochs=8)
     return result_of(submit(home, *words)), output
 
 
@@ -249,12 +241,7 @@ def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
     shutil.copytree(submitted[1], tmp_path / "run")
     marks = [tmp_path / "cache"]  # a new one: all images are fetched again
     words = [
-        "--credentials",
-        credentials,
-        "--cache",
-        marks[0],
-        "--output",
-        tmp_path / "run",
+        *as_options(credentials=credentials, cache=marks[0], output=tmp_path / "run"),
         "--resume",
         "--epochs",
         2,
@@ -386,9 +373,8 @@ def test_what_the_parameter_server_takes(
     server.start()
     try:
         assert post(port, good) == post(port, good, "another") == post(port, good, "kéy") == 401
-        assert (
-            announce(port, 500_000_000) == b"HTTP/1.1 401 UNAUTHORIZED"
-        )  # its body is not waited for
+        # Its body is not waited for.
+        assert announce(port, 500_000_000) == b"HTTP/1.1 401 UNAUTHORIZED"
         assert announce(port, 500_000_000, "the key") == b"HTTP/1.1 413 REQUEST ENTITY TOO LARGE"
         same_size = b"x" * len(good)
         for body, status in [

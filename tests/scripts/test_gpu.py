@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import QUICK, ROOT, parse, result_of, run_process
+from helpers import QUICK, ROOT, as_options, parse, result_of, run_process
 
 import xray_gpu
 
@@ -117,12 +117,7 @@ def test_the_whole_script_on_two_devices_in_mixed_precision(
         "--credentials",
         credentials,
         *QUICK,
-        "--epochs",
-        "1",
-        "--output",
-        "run",
-        "--precision",
-        "mixed_float16",
+        *as_options(epochs="1", output="run", precision="mixed_float16"),
     ]
     finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options], cwd=tmp_path)
     assert finished.code == 0, finished.stderr
@@ -149,12 +144,7 @@ def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Pat
         "--credentials",
         credentials,
         *QUICK,
-        "--batch-size",
-        45,
-        "--epochs",
-        1,
-        "--output",
-        "run",
+        *as_options(batch_size=45, epochs=1, output="run"),
     ]
     finished = run_process(
         [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path
@@ -176,17 +166,7 @@ def check_finite(name: str, weights: Any) -> None:
 
 @pytest.mark.slow
 def test_resume_on_other_devices_is_refused(credentials: Path, tmp_path: Path) -> None:
-    options = [
-        "--credentials",
-        credentials,
-        *QUICK,
-        "--limit",
-        150,
-        "--epochs",
-        1,
-        "--output",
-        "run",
-    ]
+    options = ["--credentials", credentials, *QUICK, *as_options(limit=150, epochs=1, output="run")]
     command = [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options]
     result_of(run_process([*command, "--precision", "float32"], cwd=tmp_path))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -232,9 +212,8 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
             loss = tf.reduce_mean(
                 keras.losses.binary_crossentropy(truth, model(pixels, training=True))
             )
-            scaled = (
-                loss * 1024
-            )  # as Keras' LossScaleOptimizer does: small gradients would vanish in float16
+            # As Keras' LossScaleOptimizer does: small gradients would vanish in float16.
+            scaled = loss * 1024
         gradients = tape.gradient(
             scaled, [variable.value for variable in model.trainable_variables]
         )
@@ -254,8 +233,7 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
 # float32 without XLA is test_cnn.py's.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "xla"),
-    [("float32", True), ("mixed_float16", False), ("mixed_float16", True)],
+    ("precision", "xla"), [("float32", True), ("mixed_float16", False), ("mixed_float16", True)]
 )
 def test_a_step_is_as_right_as_that_of_stock_layers(policy: Any, precision: str, xla: bool) -> None:
     """Fast layers against Keras' own in float32: no further from them than rounding takes Keras'
