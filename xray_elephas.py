@@ -365,9 +365,8 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
         if scheduler.isLocal():
             return 1, slots
         executors = scheduler.getExecutorIds().size()
-        if (
-            executors >= wanted and slots == slots_before > 0
-        ):  # none has come for a while: there are no more
+        # None has come for a while: there are no more.
+        if executors >= wanted and slots == slots_before > 0:
             return executors, slots
         time.sleep(2)
     if not slots:
@@ -1578,13 +1577,11 @@ def decode(data: bytes, size: int) -> np.ndarray:
 
     Pillow raises many kinds of error for broken files.
     """
-    Image.open(
-        io.BytesIO(data), formats=FORMATS
-    ).verify()  # a PNG's checksums, which decoding ignores
+    # A PNG's checksums, which decoding ignores.
+    Image.open(io.BytesIO(data), formats=FORMATS).verify()
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if (
-        image.width * image.height > 2**25
-    ):  # Pillow takes five times that, and FETCH_THREADS are in memory
+    # Pillow takes five times that, and FETCH_THREADS are in memory.
+    if image.width * image.height > 2**25:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -1963,9 +1960,8 @@ class RunFolder:
         absent = [folder for folder in path.parents if not folder.exists()]
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # a run that fails has removed its parent meanwhile
+            # A run that fails has removed its parent meanwhile.
+            with contextlib.suppress(FileNotFoundError):
                 path.mkdir()
                 break
         self._made = [path, *absent]
@@ -2051,10 +2047,8 @@ class RunFolder:
                 f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less"
             )
         model.optimizer.build(model.trainable_variables)
-        for epoch in (
-            best,
-            last,
-        ):  # a best one that cannot be read is better known now than after hours
+        # A best one that cannot be read is better known now than after hours.
+        for epoch in (best, last):
             self._load(model, epoch)
         self._drop_checkpoints(history)
         print(f"continuing after epoch {last}")
@@ -2121,9 +2115,8 @@ def save_checkpoint(model: Any, path: Path) -> None:
     numbers = sum(
         math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables]
     )
-    if (
-        shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20
-    ):  # 4 bytes each, and what HDF5 adds
+    # 4 bytes each, and what HDF5 adds.
+    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with replacing(path) as partial:
         model.save_weights(partial)

@@ -105,9 +105,8 @@ def test_a_bit_flipped_anywhere_is_noticed() -> None:
     for place in range(8, len(WHOLE)):
         flipped = bytearray(WHOLE)
         flipped[place] ^= 1 << place % 8
-        with contextlib.suppress(
-            OSError, ValueError, SyntaxError, struct.error
-        ):  # what an unreadable file raises
+        # What an unreadable file raises.
+        with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error):
             assert np.array_equal(xray.decode(bytes(flipped), 32), right), place
 
 

@@ -51,10 +51,8 @@ def test_a_sheet_of_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureF
     with Image.open(sheet) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         assert image.width == 1035
-    for colour in (
-        (0x00, 0x72, 0xB2),
-        (0xD5, 0x5E, 0x00),
-    ):  # something was found, and something missed
+    # Something was found, and something missed.
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
         assert (pixels == colour).all(axis=1).any()
 
     assert main([*command, "--cache", str(tmp_path)]) == 2

@@ -112,9 +112,8 @@ def test_a_secret_that_ps_would_show_is_noticed() -> None:
         ["sleep", "60"], env={**os.environ, "TOKEN": SECRETS["aws_session_token"]}
     ) as process:
         try:
-            while not Path(
-                f"/proc/{process.pid}/environ"
-            ).read_bytes():  # a moment after Popen the kernel fills it in
+            # A moment after Popen the kernel fills it in.
+            while not Path(f"/proc/{process.pid}/environ").read_bytes():
                 time.sleep(0.01)
             with pytest.raises(AssertionError, match=str(process.pid)):
                 check_processes()

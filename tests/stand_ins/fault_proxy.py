@@ -87,9 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= bool(fault)
 
     def hang_up(self, reset: bool) -> None:
-        if (
-            reset
-        ):  # a socket that does not linger is closed by RST; its close() would wait for rfile
+        # A socket that does not linger is closed by RST; its close() would wait for rfile.
+        if reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
         self.close_connection = True
@@ -97,10 +96,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except (
-            OSError,
-            ValueError,
-        ):  # the client has gone, or this end of the connection was reset
+        # The client has gone, or this end of the connection was reset.
+        except (OSError, ValueError):
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:

@@ -344,10 +344,8 @@ def write_configuration(folder: Path, memory: int, cores: int, calculator: str) 
             "\n".join(["<configuration>", *lines, "</configuration>", ""])
         )
     (hadoop / "log4j.properties").write_text(LOG4J)
-    for server in (
-        "hdfs",
-        "datanode",
-    ):  # their web pages, which no jar has and without which they do not start
+    # Their web pages, which no jar has and without which they do not start.
+    for server in ("hdfs", "datanode"):
         (folder / "web" / "webapps" / server).mkdir(parents=True)
     lines = [f"{name} {value}" for name, value in spark_settings().items()]
     (spark / "spark-defaults.conf").write_text("\n".join([*lines, ""]))

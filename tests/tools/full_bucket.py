@@ -1,9 +1,9 @@
 """Run a script on a bucket with all of ChestX-ray14's names, served on loopback, and say what each
 process took.
 
-    python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz python xray_tensorflow.py
-    --image-size 64 ... python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz spark-submit
-    xray_elephas.py ...
+    python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz COMMAND
+
+COMMAND is `python xray_tensorflow.py --image-size 64`, or `spark-submit xray_elephas.py`.
 
 The label file is NIH's. Each of its images is one of a few drawn films of 64 x 64 pixels, so that
 the number is the real one and the time is not. The command gets `--credentials` at its end. The
