@@ -279,8 +279,9 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         settings.update({"spark.task.maxFailures": "1", "spark.stage.maxConsecutiveAttempts": "1"})
     if conf.get("spark.master", "local").startswith("yarn"):
         # The closures hold the keys: YARN hands a secret of its own to all executors, and traffic
-        # is encrypted.
-        settings.update({"spark.authenticate": "true", "spark.network.crypto.enabled": "true"})
+        # is encrypted, for which Spark needs that secret.
+        lock = conf.get("spark.authenticate", "true")
+        settings.update({"spark.authenticate": lock, "spark.network.crypto.enabled": lock})
         # A run that has failed would begin again, hours later.
         settings["spark.yarn.maxAppAttempts"] = "1"
     return settings

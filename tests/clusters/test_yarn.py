@@ -18,10 +18,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
+from fault_proxy import fault_proxy
 from helpers import QUICK, ROOT, SECRETS, as_options, client_of, edited, secrets_in
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 from stand_ins import hadoop
@@ -46,12 +48,16 @@ class Yarn(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def yarn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yarn]:
+def yarn(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Yarn]:
+    """The cluster; a parameter is the memory in MB that a node declares."""
     if needs := hadoop.missing_needs():
         pytest.skip(f"this machine lacks {', '.join(needs)}")
     folder = tmp_path_factory.mktemp("yarn")
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(hadoop.running(folder / "cluster"))
+        memory = getattr(request, "param", 12288)
+        cluster = stack.enter_context(hadoop.running(folder / "cluster", memory=memory))
         endpoint = stack.enter_context(serve(hadoop.GATEWAY))
         fill_bucket(connect(endpoint), BUCKET, read_rows(), 64)
         connect(endpoint).create_bucket(Bucket=RUNS)
@@ -341,17 +347,26 @@ def node_without_master(yarn: Yarn, application: str) -> str:
 
 
 class Killer(threading.Thread):
-    """Kills the node that the application master is not on, once the file `when` is there."""
+    """Does `kill` to the node that the application master is not on, once `when` says so of a run
+    that has started since.
+    """
 
-    def __init__(self, yarn: Yarn, when: Path) -> None:
+    def __init__(self, yarn: Yarn, when: Callable[[], bool], kill: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
-        self.yarn, self.when, self.before, self.killed = yarn, when, newest().get("id"), ""
+        self.yarn, self.when, self.kill = yarn, when, kill
+        self.before = newest().get("id")
+        self.killed = ""
+        self.noticed = False  # by the ResourceManager, while the run went on
 
     def run(self) -> None:
-        while not self.when.exists() or newest().get("id") == self.before:
-            time.sleep(0.5)
+        while not self.when() or newest().get("id") == self.before:
+            time.sleep(0.2)
         self.killed = node_without_master(self.yarn, newest()["id"])
-        hadoop.kill_node(self.killed)
+        self.kill(self.killed)
+        while not self.noticed and newest()["state"] == "RUNNING":
+            time.sleep(1)
+            nodes = hadoop.ask("/ws/v1/cluster/nodes?states=LOST").get("nodes") or {}
+            self.noticed = bool(nodes.get("node"))
 
 
 def bring_back(yarn: Yarn, node: str) -> None:
@@ -362,35 +377,151 @@ def bring_back(yarn: Yarn, node: str) -> None:
         time.sleep(1)
 
 
-def lose_a_node(yarn: Yarn, folder: Path, cache: str) -> subprocess.CompletedProcess:
-    """A run of four epochs, in the second of which the node dies that the application master is not
-    on.
-    """
-    killer = Killer(yarn, folder / "run" / "history.csv")  # written after the first epoch
+@contextlib.contextmanager
+def killing(
+    yarn: Yarn, when: Callable[[], bool], kill: Callable[[str], None] = hadoop.kill_node
+) -> Iterator[Killer]:
+    """A killer at work; the node is back at the end."""
+    killer = Killer(yarn, when, kill)
     killer.start()
     try:
-        return spark_submit(
-            yarn,
-            folder,
-            SMALL,
-            [*TINY, "--epochs", 4, "--output", folder / "run", "--cache", cache],
-        )
+        yield killer
     finally:
         if killer.killed:
+            killer.join()
             bring_back(yarn, killer.killed)
 
 
-def test_a_lost_node_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
-    """What its executor held is made anew from the cache, which here lies in a folder that the
-    hosts share.
+def options_of(folder: Path, epochs: int, cache: str = "") -> list[Any]:
+    """Of a run with the folder `run` in `folder`, whose cache the hosts share."""
+    cache = cache or f"file://{folder}/cache"
+    return [*TINY, *as_options(epochs=epochs, output=folder / "run", cache=cache)]
+
+
+def check_whole(folder: Path, finished: subprocess.CompletedProcess, epochs: int) -> None:
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    images = result_of(finished.stdout)["images"]
+    assert sum(images[split] for split in ("train", "validation", "test")) == IMAGES
+    assert losses(folder / "run").shape == (epochs, 2)
+    assert np.isfinite(losses(folder / "run")).all()
+
+
+@pytest.mark.parametrize("place", ["of this machine", "of HDFS"])
+def test_a_node_lost_in_an_epoch_costs_time_alone(yarn: Yarn, tmp_path: Path, place: str) -> None:
+    """What its executor held is made anew from the cache. If that lies on HDFS, its DataNode takes
+    part of it along.
     """
-    finished = lose_a_node(yarn, tmp_path, f"file://{tmp_path}/cache")
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert losses(tmp_path / "run").shape == (4, 2)
-    assert np.isfinite(losses(tmp_path / "run")).all()
+    cache = "hdfs:///user/root/cache-of-a-lost-node" if place == "of HDFS" else ""
+    with killing(yarn, (tmp_path / "run" / "history.csv").exists):  # after the first epoch
+        finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 4, cache))
+    check_whole(tmp_path, finished, epochs=4)
 
 
-def test_a_lost_node_of_hdfs_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
-    """Its DataNode takes part of a cache on HDFS with it."""
-    finished = lose_a_node(yarn, tmp_path, "hdfs:///user/root/cache-of-a-lost-node")
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def test_a_node_lost_in_ingest_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
+    endpoint = yaml.safe_load(yarn.credentials.read_text())["endpoint_url"]
+    with fault_proxy(endpoint, latency_ms=500, host=hadoop.GATEWAY) as proxy:
+        slow = Yarn(yarn.cluster, edited(yarn.credentials, tmp_path, endpoint_url=proxy.url))
+        with killing(yarn, lambda: proxy.requests > 60):
+            finished = spark_submit(slow, tmp_path, SMALL, options_of(tmp_path, 1))
+        assert proxy.requests > IMAGES + 20  # some were asked for again
+    check_whole(tmp_path, finished, epochs=1)
+
+
+def test_a_lost_node_manager_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
+    """Its containers go on, until YARN takes the node for lost and Spark its executor."""
+
+    def kill(node: str) -> None:
+        hadoop.kill_server(node, "nodemanager")
+
+    with killing(yarn, (tmp_path / "run" / "history.csv").exists, kill) as killer:
+        finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 40))
+        assert killer.noticed, "the run was over before YARN noticed"
+    check_whole(tmp_path, finished, epochs=40)
+
+
+def test_a_killed_driver_leaves_nothing_on_the_nodes(yarn: Yarn, tmp_path: Path) -> None:
+    before = newest().get("id")
+
+    def kill_driver() -> None:
+        while not (tmp_path / "run" / "history.csv").exists():
+            time.sleep(0.2)
+        hadoop.kill(hadoop.processes(hadoop.MASTER, "xray_elephas.py"))
+
+    killer = threading.Thread(target=kill_driver, daemon=True)
+    killer.start()
+    finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 400))
+    killer.join()
+    assert finished.returncode < 0
+    assert newest()["id"] != before
+    deadline = time.monotonic() + 90
+    while [hadoop.processes(node, "xray") for node in yarn.cluster.nodes] != [[], []]:
+        assert time.monotonic() < deadline, "processes of the run are left"
+        time.sleep(1)
+    while newest()["state"] == "RUNNING":
+        assert time.monotonic() < deadline, "YARN takes the run for running"
+        time.sleep(1)
+    assert yarn.cluster.run("hdfs", "dfs", "-ls", "/user/root/.sparkStaging") == ""
+
+
+def test_a_container_killed_for_memory_is_one_line(yarn: Yarn, tmp_path: Path) -> None:
+    words = [*SMALL, "--executor-memory", "512m", "--conf", "spark.executor.memoryOverhead=384m"]
+    finished = spark_submit(yarn, tmp_path, words, options_of(tmp_path, 1))
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    assert finished.stdout.splitlines()[-1].startswith(
+        "xray_elephas.py: error: an executor was lost"
+    )
+    assert "spark.executor.memoryOverhead" in finished.stdout.splitlines()[-1]
+    assert "Traceback" not in finished.stdout
+
+
+def backend_of_a_stranger(host: str, port: str, folder: Path) -> subprocess.CompletedProcess:
+    """Spark's own executor, told to register with a driver, by somebody without YARN's secret."""
+    options = {
+        "driver-url": f"spark://CoarseGrainedScheduler@{host}:{port}",
+        "executor-id": 99,
+        "hostname": "xrayyarn2",
+        "cores": 1,
+        "app-id": "application_1",
+    }
+    jars = hadoop.spark_home() / "jars" / "*"
+    command = ["java", "-cp", jars, "org.apache.spark.executor.CoarseGrainedExecutorBackend"]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    words = [str(word) for word in ("timeout", 20, "ip", "netns", "exec", "xrayyarn2", *command)]
+    return subprocess.run(words, cwd=folder, check=False, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_nobody_registers_as_an_executor_without_the_secret(
+    yarn: Yarn, tmp_path: Path, locked: bool
+) -> None:
+    """With the lock off, which a user can do, the same stranger is let in: so it is the lock."""
+    words = [*SMALL, "--conf", "spark.ui.port=4055", "--conf", "spark.driver.port=4056"]
+    words += [] if locked else ["--conf", "spark.authenticate=false"]
+    ended: list[subprocess.CompletedProcess] = []
+
+    def knock() -> None:
+        while not (tmp_path / "run" / "history.csv").exists():
+            time.sleep(0.2)
+        ended.append(backend_of_a_stranger(hadoop.MASTER, "4056", tmp_path))
+
+    stranger = threading.Thread(target=knock, daemon=True)
+    stranger.start()
+    finished = spark_submit(yarn, tmp_path, words, options_of(tmp_path, 20))
+    stranger.join()
+    registered = "Successfully registered with driver" in ended[0].stdout + ended[0].stderr
+    assert registered != locked, ended[0].stderr
+    if locked:
+        check_whole(tmp_path, finished, epochs=20)
+
+
+@pytest.mark.parametrize("yarn", [24576], indirect=True)
+def test_four_executors_of_four_slots(yarn: Yarn, tmp_path: Path) -> None:
+    """The project's command for four nodes, on two that declare twice what they have. Sixteen
+    workers would be more than this machine has: four of the slots train.
+    """
+    own = ["--num-executors", 4, "--executor-cores", 4, "--driver-memory", "5G"]
+    finished = spark_submit(yarn, tmp_path, own, [*options_of(tmp_path, 1), "--workers", 4])
+    check_whole(tmp_path, finished, epochs=1)
+    target = result_of(finished.stdout)["target"]
+    assert target.items() >= {"executors": 4, "workers": 4}.items()

@@ -119,10 +119,16 @@ class Proxy(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
 
     def __init__(
-        self, endpoint: str, latency_ms: float, every: int, kinds: Sequence[str], expire_after: int
+        self,
+        endpoint: str,
+        latency_ms: float,
+        every: int,
+        kinds: Sequence[str],
+        expire_after: int,
+        host: str,
     ) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", endpoint.rstrip("/")
+        super().__init__((host, 0), Handler)
+        self.url, self.target = f"http://{host}:{self.server_address[1]}", endpoint.rstrip("/")
         self.latency_ms, self.every, self.expire_after = latency_ms, every, expire_after
         self.kinds, self.requests, self.injected = itertools.cycle(kinds), 0, Counter()
         self.expired: str | None = None
@@ -157,9 +163,12 @@ def fault_proxy(
     every: int = 0,
     kinds: Sequence[str] = FAULTS,
     expire_after: int = 0,
+    host: str = "127.0.0.1",
 ) -> Iterator[Proxy]:
-    """A proxy to the S3 server at `endpoint` for as long as the block lasts; ask its `url`."""
-    with Proxy(endpoint, latency_ms, every, kinds, expire_after) as proxy:
+    """A proxy to the S3 server at `endpoint`, at an address `host` of this machine, for as long as
+    the block lasts; ask its `url`.
+    """
+    with Proxy(endpoint, latency_ms, every, kinds, expire_after, host) as proxy:
         threading.Thread(
             target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
         ).start()

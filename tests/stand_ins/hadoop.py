@@ -165,11 +165,17 @@ def made_hosts() -> list[str]:
     return [line.split()[0] for line in shown.splitlines() if line.startswith("xrayyarn")]
 
 
-def processes(host: str) -> list[int]:
+def processes(host: str, command: str = "") -> list[int]:
+    """The processes of a host, or those with a text in their command line."""
     shown = subprocess.run(
         ["ip", "netns", "pids", host], check=False, capture_output=True, text=True
     ).stdout
-    return [int(word) for word in shown.split()]
+    found = []
+    for pid in map(int, shown.split()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if command in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+    return found
 
 
 def end_host(host: str, patience: float = 10) -> None:
@@ -402,15 +408,28 @@ def start_server(folder: Path, host: str, server: str, *words: str) -> subproces
 
 
 def start_node(folder: Path, node: str) -> list[subprocess.Popen]:
-    """A node's two servers."""
-    return [start_server(folder, node, server) for server in ("datanode", "nodemanager")]
+    """A node's two servers, where they do not run already."""
+    return [
+        start_server(folder, node, server)
+        for server in ("datanode", "nodemanager")
+        if not processes(node, SERVERS[server])
+    ]
 
 
 def kill_node(node: str) -> None:
     """What a power cut does to a node: its servers and containers are gone at once. start_node
     brings it back.
     """
-    for pid in processes(node):
+    kill(processes(node))
+
+
+def kill_server(node: str, server: str) -> None:
+    """End one server of a node; its containers go on."""
+    kill(processes(node, SERVERS[server]))
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -64,14 +64,16 @@ async def answer(
     writer.close()
 
 
-def serve_objects(objects: dict[str, bytes], seconds: float, started: Connection) -> None:
+def serve_objects(
+    objects: dict[str, bytes], seconds: float, host: str, started: Connection
+) -> None:
     """Serve until the process is killed; the port is sent to `started`."""
 
     async def run() -> None:
         async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await answer(objects, seconds, reader, writer)
 
-        server = await asyncio.start_server(client, "127.0.0.1", 0)
+        server = await asyncio.start_server(client, host, 0)
         started.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
@@ -79,17 +81,17 @@ def serve_objects(objects: dict[str, bytes], seconds: float, started: Connection
 
 
 @contextmanager
-def static_s3(objects: dict[str, bytes], seconds: float) -> Iterator[str]:
-    """A process that serves `objects` by key, in a bucket of any name, `seconds` late each: yields
-    its endpoint URL.
+def static_s3(objects: dict[str, bytes], seconds: float, host: str = "127.0.0.1") -> Iterator[str]:
+    """A process that serves `objects` by key, in a bucket of any name, `seconds` late each, at an
+    address `host` of this machine: yields its endpoint URL.
     """
     ours, its = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(
-        target=serve_objects, args=(objects, seconds, its)
+        target=serve_objects, args=(objects, seconds, host, its)
     )
     server.start()
     try:
-        yield f"http://127.0.0.1:{ours.recv()}"
+        yield f"http://{host}:{ours.recv()}"
     finally:
         server.kill()
         server.join()
