@@ -1117,10 +1117,11 @@ class RunFolder:
         return history
 
     def begin(self, table: pd.DataFrame, skipped: dict[int, str]) -> None:
-        """Write skipped.csv and config.json: from now on the folder has a run to resume."""
+        """Write config.json, from which on the folder has a run to resume, and skipped.csv."""
+        # First: a folder with other files alone could neither be used again nor resumed.
+        write(self.path / "config.json", json.dumps(self._config, indent=2))
         reasons = pd.DataFrame({"image": table["image"][list(skipped)], "reason": skipped.values()})
         write(self.path / "skipped.csv", reasons.to_csv(index=False))
-        write(self.path / "config.json", json.dumps(self._config, indent=2))
         self._begun = True
         if self._copy:
             self._copy.update(self.path)
