@@ -516,7 +516,6 @@ def test_nobody_registers_as_an_executor_without_the_secret(
     stranger.start()
     finished = spark_submit(yarn, tmp_path, words, options_of(tmp_path, 15))
     stranger.join()
-    assert "Connecting to driver" in logs[0]
     assert ("Successfully registered with driver" in logs[0]) != locked, logs[0]
     if locked:
         check_whole(tmp_path, finished, epochs=15)
