@@ -434,9 +434,9 @@ def test_a_lost_node_manager_costs_time_alone(yarn: Yarn, tmp_path: Path) -> Non
         hadoop.kill_server(node, "nodemanager")
 
     with killing(yarn, (tmp_path / "run" / "history.csv").exists, kill) as killer:
-        finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 40))
+        finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 200))
         assert killer.noticed, "the run was over before YARN noticed"
-    check_whole(tmp_path, finished, epochs=40)
+    check_whole(tmp_path, finished, epochs=200)
 
 
 def test_a_killed_driver_leaves_nothing_on_the_nodes(yarn: Yarn, tmp_path: Path) -> None:
@@ -483,8 +483,8 @@ def executor_of_a_stranger(yarn: Yarn, port: int) -> str:
     not have YARN's secret.
     """
     (*_, node) = yarn.cluster.nodes
-    jars = hadoop.spark_home() / "jars" / "*"
-    backend = ["java", "-cp", jars, "org.apache.spark.executor.CoarseGrainedExecutorBackend"]
+    spark_class = hadoop.spark_home() / "bin" / "spark-class"
+    backend = [spark_class, "org.apache.spark.executor.CoarseGrainedExecutorBackend"]
     options = as_options(
         driver_url=f"spark://CoarseGrainedScheduler@{hadoop.MASTER}:{port}",
         executor_id=99,
