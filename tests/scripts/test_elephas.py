@@ -533,6 +533,21 @@ def test_a_killed_driver_loses_no_epoch_that_was_kept(
 
 
 @pytest.mark.slow
+def test_a_disk_that_fills_up_as_epochs_are_kept_ends_the_run(
+    submitted: tuple, asynchronous: list, port: int, disk: Callable, tmp_path: Path
+) -> None:
+    output = disk("size=32m") / "run"  # a checkpoint has 13 MB, and is to have 15 MB of room
+    words = [*asynchronous, "--output", output]
+    problem = error_line(submit(tmp_path, *words, "--epochs", 30, conf=LOOPBACK))
+    assert "No space left on device" in problem
+    assert not serves(port)
+    assert len(pd.read_csv(output / "history.csv")) == 2
+    disk("size=100m")
+    finished = submit(tmp_path, *words, "--resume", "--epochs", 3, conf=LOOPBACK)
+    check_history(output, result_of(finished), epochs=3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["java", "python"])
 def test_a_killed_driver_leaves_no_process(
     submitted: tuple, asynchronous: list, port: int, tmp_path: Path, victim: str

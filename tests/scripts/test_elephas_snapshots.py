@@ -4,7 +4,6 @@ server's snapshots, and the run folder whatever moment the run ends at.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import shutil
 import sys
@@ -164,16 +163,15 @@ class Trainer:
         return np.repeat(wrong_way[::-1] if epoch == BEST else wrong_way, 15, axis=1)
 
 
-def train(model: Any, resume: bool) -> float:
-    """Run to the end in the folder `mine`; the weight that is evaluated, the number of its epoch.
-
-    As main does it.
+def train(
+    model: Any, resume: bool, output: str = "mine", keys: dict[str, str] | None = None
+) -> float:
+    """Run to the end in the folder or prefix `output`, as main does it; the weight that is
+    evaluated, which is the number of its epoch.
     """
-    words = ["--output", "mine", "--mode", "hogwild", "--epochs", str(EPOCHS)]
-    arguments: argparse.Namespace = xray.elephas_parser().parse_args(
-        [*words, *["--resume"] * resume]
-    )
-    with xray.RunFolder(arguments, {}) as run:
+    words = ["--output", output, "--mode", "hogwild", "--epochs", str(EPOCHS)]
+    arguments = xray.elephas_parser().parse_args([*words, *["--resume"] * resume])
+    with xray.RunFolder(arguments, keys or {}) as run:
         run.check_resumed(TABLE, target={})
         kept = xray.weights_alone(model)
         history = run.restore(kept)
@@ -243,16 +241,58 @@ def test_checkpoints_have_no_state_of_adam(model: Any) -> None:
     assert size < with_adam.stat().st_size
 
 
-def test_a_missing_snapshot_is_known_before_training(model: Any) -> None:
-    class Broken(Trainer):
-        def predict(self, split: str) -> np.ndarray:
-            raise Killed
+class DiesAsItValidates(Trainer):
+    """In epoch 3."""
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "Trainer", Broken)
-        with pytest.raises(Killed):
-            train(model, resume=False)
-    assert checkpoints() == {f"checkpoint-{epoch}" for epoch in range(1, EPOCHS + 1)}
-    Path("mine/checkpoint-1.weights.h5").unlink()
-    with pytest.raises(xray.UserError, match="checkpoint-1.weights.h5 in mine is missing"):
+    def predict(self, split: str) -> np.ndarray:
+        if self.model.get_weights()[0].flat[0] == 3:
+            raise Killed
+        return super().predict(split)
+
+
+@pytest.fixture
+def die_in_validation(model: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call with more arguments of `train`."""
+
+    def call(*more: Any) -> None:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(sys.modules[__name__], "Trainer", DiesAsItValidates)
+            train(model, False, *more)
+
+    return call
+
+
+def test_a_missing_snapshot_is_known_before_training(
+    model: Any, die_in_validation: Callable[..., None]
+) -> None:
+    die_in_validation()
+    assert checkpoints() == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    Path("mine/checkpoint-3.weights.h5").unlink()
+    with pytest.raises(xray.UserError, match="checkpoint-3.weights.h5 in mine is missing"):
         train(model, resume=True)
+
+
+def test_a_run_goes_on_with_the_snapshots_on_s3(
+    model: Any,
+    die_in_validation: Callable[..., None],
+    credentials: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It dies as it validates, and goes on in another place."""
+    bucket = "my-xray-snapshots"
+    keys = xray.read_credentials(str(credentials))
+    client = xray.s3_client(keys)
+    client.create_bucket(Bucket=bucket)
+
+    def kept() -> set[str]:
+        names = {entry["Key"].split("/")[-1] for entry in xray.list_objects(client, bucket, "run/")}
+        return {name.split(".")[0] for name in names if name.startswith("checkpoint")}
+
+    die_in_validation(f"s3://{bucket}/run", keys)
+    assert kept() == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model.set_weights([np.zeros_like(array) for array in model.get_weights()])
+    assert train(model, True, f"s3://{bucket}/run", keys) == BEST
+    assert kept() == {f"checkpoint-{BEST}", f"checkpoint-{EPOCHS}"}
