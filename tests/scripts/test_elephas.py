@@ -672,6 +672,18 @@ def test_too_few_for_one_worker() -> None:
         xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), 32, 2)
 
 
+def test_errors_that_the_user_can_fix() -> None:
+    """What Java says of them, in each mode: the traceback of a task, for one."""
+    lost = Exception("Job aborted: ExecutorLostFailure (executor 1 exited)")
+    assert "--resume" in str(xray.spark_error(lost, "hogwild"))
+    assert "--resume" not in str(xray.spark_error(lost, "synchronous"))
+    diverged = xray.spark_error(Exception(f"RuntimeError: {xray.DIVERGED}\n  at org"), "hogwild")
+    assert isinstance(diverged, xray.UserError)
+    assert "use a smaller --learning-rate" in str(diverged)
+    other = Exception("ZeroDivisionError")
+    assert xray.spark_error(other, "hogwild") is other
+
+
 def settings(*options: Any, **conf: str) -> dict[str, str]:
     """What the script sets on a cluster with these settings of Spark, dots written as two
     underscores.
