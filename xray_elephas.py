@@ -27,8 +27,9 @@ each task slot trains a copy of the model on its share of the images, by Elephas
   rounding of single numbers.
 - asynchronous, hogwild: no copy waits for another; a server in the driver holds the weights, and
   each copy adds its part of an epoch's change. hogwild's server lets changes overwrite each other.
-  Validation comes after the last epoch alone, there is no --resume, and a lost executor ends the
-  run, since a repeated task would add its changes twice. The server asks for a key that the run
+  An epoch's weights are kept when all copies have finished it, and validated after the last epoch.
+  A lost executor ends the run, since a repeated task would add its changes twice; --resume goes on
+  from the last epoch that was kept, each copy's Adam anew. The server asks for a key that the run
   makes; traffic with it is not encrypted: use a private network.
 The learning rate is --learning-rate times the workers. Settings of Spark that you name win over the
 script's, but for dynamic allocation, which is off: the images are divided once among a fixed number
@@ -81,6 +82,7 @@ import re
 import resource
 import secrets
 import shutil
+import signal
 import socket
 import sqlite3
 import sys
@@ -88,7 +90,9 @@ import threading
 import time
 import types
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional
@@ -105,8 +109,6 @@ from PIL import Image, UnidentifiedImageError
 from py4j.protocol import Py4JJavaError
 from pyspark import (
     RDD,
-    Accumulator,
-    AccumulatorParam,
     Broadcast,
     SparkConf,
     SparkContext,
@@ -121,6 +123,7 @@ from pyspark.sql import SparkSession
 SYNCHRONOUS = "synchronous"
 MODES = [SYNCHRONOUS, "asynchronous", "hogwild"]
 REPEATED = "a task of an asynchronous mode began again"
+DIVERGED = "the loss is not a number"
 
 
 def main() -> None:
@@ -148,7 +151,8 @@ def main() -> None:
                 # The mean of N workers' steps goes an Nth of the way of one worker's N:
                 # Goyal et al., arXiv:1706.02677.
                 model.optimizer.learning_rate = arguments.learning_rate * arguments.workers
-                history = run.restore(model)
+                kept = model if arguments.mode == SYNCHRONOUS else weights_alone(model)
+                history = run.restore(kept)
             with timed(seconds, "ingest"):
                 data, skipped, cached = ingest_on_executors(
                     session, credentials, arguments, table, slots
@@ -159,9 +163,12 @@ def main() -> None:
             if arguments.mode == SYNCHRONOUS:
                 history = train_epochs(trainer, run, history, table, arguments.epochs)
             else:
-                history = validate_once(trainer, run, trainer.fit_asynchronously(), table)
+                snapshots = Snapshots(trainer, run, kept, history, table)
+                if len(history) < arguments.epochs:
+                    trainer.fit_asynchronously(len(history) + 1, snapshots.keep)
+                history = snapshots.validate()
             with timed(seconds, "evaluate"):
-                run.load_best(model, history)
+                run.load_best(kept, history)
                 report = evaluate(run.path, table, trainer.predict, arguments.seed)
             target = describe(session.sparkContext, arguments, executors)
             measured = {
@@ -199,14 +206,10 @@ COPIES = 1.2
 
 
 def check_mode(arguments: argparse.Namespace) -> None:
-    """Raise UserError for a run whose results or epochs would be lost.
+    """Raise UserError for a run whose results would be lost.
 
     Starts Java, if spark-submit has not.
     """
-    if arguments.resume and arguments.mode != SYNCHRONOUS:
-        raise UserError(
-            f"--mode {arguments.mode} has no checkpoints to --resume from: start a new run"
-        )
     start_java()
     if SparkConf().get("spark.submit.deployMode", "client") != "cluster":
         return
@@ -338,9 +341,12 @@ def spark_error(error: Exception, mode: str) -> Exception:
         return UserError(
             "the cache lost pixels with a node of HDFS: run again with another --cache"
         )
+    if DIVERGED in text:
+        return UserError(f"{DIVERGED}: use a smaller --learning-rate")
     if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
-        other = "" if mode == SYNCHRONOUS else f", or use --mode {SYNCHRONOUS}"
-        fix = f"give it more spark.executor.memoryOverhead or spark.executor.memory{other}"
+        fix = "give it more spark.executor.memoryOverhead or spark.executor.memory"
+        if mode != SYNCHRONOUS:
+            fix += f", and go on with --resume and this run's --output, or use --mode {SYNCHRONOUS}"
         return UserError(f"an executor was lost, and its work with it: {fix}")
     return error
 
@@ -726,15 +732,16 @@ class SparkTrainer:
         histories = self._elephas.training_histories[-self._arguments.workers :]
         return np.mean([history["loss"][0] for history in histories])
 
-    def fit_asynchronously(self) -> pd.DataFrame:
-        """Train all epochs in one fit of Elephas, in which no worker waits for another: epoch,
-        loss, seconds.
+    def fit_asynchronously(self, first: int, keep: Callable[["Snapshot"], None]) -> None:
+        """Train the epochs from `first` on in one fit of Elephas, in which no worker waits for
+        another.
+
+        `keep` is called with the snapshot of each epoch that all workers have finished, while they
+        train on. What it raises ends the fit.
         """
-        reports = self._context.accumulator([], Gathered())
-        start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            shared_model(self.model, self._job).fit(self._draw(epoch=1), reports=reports)
-        return gather(self.model, reports.value, time.perf_counter() - start)
+            # The images are dealt once: a resumed run deals them as the run before it.
+            shared_model(self.model, self._job).fit(self._draw(epoch=1), first=first, keep=keep)
 
     def predict(self, split: str) -> np.ndarray:
         """Probabilities (n, 15) of the images of a split, in the order of the table."""
@@ -803,6 +810,10 @@ def values_of(variables: list[Any]) -> list[np.ndarray]:
 def assign(variables: list[Any], values: list[np.ndarray]) -> None:
     for variable, value in zip(variables, values):
         variable.assign(value.astype(variable.dtype))
+
+
+def all_finite(arrays: list[np.ndarray]) -> bool:
+    return all(np.isfinite(array).all() for array in arrays)
 
 
 class Share:
@@ -884,14 +895,23 @@ def averaged_model(model: Any, job: Job) -> Any:
     return AveragedModel(model)
 
 
-class Gathered(AccumulatorParam):
-    """A list that tasks add to."""
+class Snapshot(NamedTuple):
+    """What the parameter server has when the last worker has finished an epoch."""
 
-    def zero(self, value: list) -> list:
-        return []
+    epoch: int
+    loss: float  # the mean of the workers'
+    # Of the model, in its order. The others may be ahead: their changes are in it too.
+    weights: list[np.ndarray]
+    end: float  # by time.perf_counter, whose clock the processes of a machine share
 
-    def addInPlace(self, value1: list, value2: list) -> list:
-        return value1 + value2
+
+class Update(NamedTuple):
+    """What a worker sends the parameter server after an epoch, beside its change."""
+
+    worker: int
+    epoch: int
+    loss: float
+    statistics: list[np.ndarray]  # the worker's weights that are not trained
 
 
 def shared_model(model: Any, job: Job) -> Any:
@@ -907,17 +927,23 @@ def shared_model(model: Any, job: Job) -> Any:
             super().__init__(port)
             self.headers["Authorization"] = f"Bearer {key}"
 
+        def send(self, change: list[np.ndarray], update: Update) -> None:
+            self.headers["Xray-Worker"] = str(update.worker)
+            self.headers["Xray-Epoch"] = str(update.epoch)
+            self.headers["Xray-Loss"] = repr(update.loss)
+            self.update_parameters([*change, *update.statistics])
+
     class KeptWorker(AsynchronousSparkWorker):
         """Gives the server one of the workers' parts of its change in each epoch.
 
         Elephas adds the workers' whole changes up: steps as many times too long as there are
-        workers. The moving statistics of batch normalisation stay with the worker, and in its
-        reports: where changes add up, a variance can fall below zero.
+        workers. The moving statistics of batch normalisation stay with the worker, and the server
+        is told them: where changes add up, a variance can fall below zero.
         """
 
-        def __init__(self, client: HttpClient, reports: Accumulator) -> None:
+        def __init__(self, client: KeyClient, first: int) -> None:
             super().__init__(job.model_json, None, client, {}, "epoch", None, None, None, None)
-            self.reports = reports
+            self.first = first
 
         def train(self, data_iterator: Iterator[tuple]) -> Iterator[list]:
             if TaskContext.get().attemptNumber() > 0:
@@ -926,18 +952,17 @@ def shared_model(model: Any, job: Job) -> Any:
             share = Share(data_iterator, job)
             self.model = kept_model(job)
             worker = TaskContext.get().partitionId()
-            start = time.perf_counter()
-            for epoch in range(1, job.arguments.epochs + 1):
+            for epoch in range(self.first, job.arguments.epochs + 1):
                 values = self.client.get_parameters()
                 for variable, value in zip(self.model.weights, values):
-                    if variable.trainable or epoch == 1:
+                    if variable.trainable or epoch == self.first:
                         variable.assign(value)
-                history = share.fit(self.model, epoch)
-                self.client.update_parameters(self.part_of_change(values))
+                loss = float(share.fit(self.model, epoch)["loss"][0])
+                change = self.part_of_change(values)
                 statistics = values_of(self.model.non_trainable_weights)
-                self.reports.add(
-                    [(worker, history["loss"][0], time.perf_counter() - start, statistics)]
-                )
+                if not math.isfinite(loss) or not all_finite([*change, *statistics]):
+                    raise RuntimeError(DIVERGED)
+                self.client.send(change, Update(worker, epoch, loss, statistics))
             yield []
 
         def part_of_change(self, values: list[np.ndarray]) -> list[np.ndarray]:
@@ -953,21 +978,39 @@ def shared_model(model: Any, job: Job) -> Any:
             super().__init__(model, mode=job.arguments.mode, frequency="epoch", port=port)
             key = secrets.token_urlsafe()
             self.client = KeyClient(port, key)
-            self.parameter_server = guarded_server(self.serialized_model, port, self.mode, key)
+            self.parameter_server = guarded_server(
+                self.serialized_model, port, self.mode, key, job.arguments.workers
+            )
 
-        def _fit(self, rdd: RDD, reports: Accumulator) -> None:
-            self.parameter_server.start()
-            try:
-                rdd.mapPartitions(KeptWorker(self.client, reports).train).collect()
-                assign(model.weights, self.client.get_parameters())
-            finally:
-                self.parameter_server.stop()
+        def _fit(self, rdd: RDD, first: int, keep: Callable[[Snapshot], None]) -> None:
+            server = self.parameter_server
+            worker = KeptWorker(self.client, first)
+
+            def train() -> None:
+                try:
+                    rdd.mapPartitions(worker.train).collect()
+                finally:
+                    server.stop()
+
+            server.start()
+            with ThreadPool(1) as pool:
+                training = pool.apply_async(train)
+                try:
+                    for snapshot in server.snapshots():
+                        keep(snapshot)
+                except BaseException:
+                    server.receiver.close()
+                    rdd.context.cancelAllJobs()
+                    training.wait()
+                    raise
+                training.get()
 
     return SharedModel()
 
 
-def guarded_server(model: dict, port: int, mode: str, key: str) -> Any:
-    """Elephas' parameter server, but for those who have `key` alone.
+def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) -> Any:
+    """Elephas' parameter server, but for those who have `key` alone, and with a snapshot of each
+    epoch that all `workers` have finished.
 
     Elephas' own one takes anything from anyone, keeps its lock when a request fails or stalls, so
     that the run hangs, outlives a driver that is killed, and offers everyone on the network a
@@ -980,14 +1023,42 @@ def guarded_server(model: dict, port: int, mode: str, key: str) -> Any:
     class GuardedServer(HttpServer):
         def __init__(self) -> None:
             super().__init__(model, port, mode, debug=False)
-            self.update_bytes = len(weights_to_bytes(self.weights))
+            self.trained = [variable.trainable for variable in self.master_network.weights]
+            # An update has the statistics behind the change: Elephas subtracts as many arrays as
+            # there are weights.
+            statistics = [
+                array for array, trained in zip(self.weights, self.trained) if not trained
+            ]
+            arrays = [*self.weights, *statistics]
+            self.update_bytes = len(weights_to_bytes(arrays))
+            self.update_like = [(array.shape, array.dtype) for array in arrays]
+            self.losses: dict[int, list[float]] = defaultdict(list)  # by epoch
+            self.statistics: dict[int, list[np.ndarray]] = {}  # by worker
+            self.noting = threading.Lock()
+            self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
             self.driver = os.getpid()
             self.server = multiprocessing.Process(target=self.start_flask_service, daemon=True)
+
+        def start(self) -> None:
+            super().start()
+            self.sender.close()  # the server has it: when that ends, so does what can be received
+
+        def snapshots(self) -> Iterator[Snapshot]:
+            """The snapshots, as they come, until the server has been stopped."""
+            with contextlib.suppress(EOFError):
+                while True:
+                    yield self.receiver.recv()
 
         def start_flask_service(self) -> None:
             logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
             threading.Thread(target=end_with, args=(self.driver,), daemon=True).start()
-            super().start_flask_service()
+            self.receiver.close()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to answer
+            # HttpServer.stop sends it: what is in `sending` then still reaches the driver.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+            # A thread, so that no worker waits for a driver that is slow to take a snapshot.
+            with ThreadPoolExecutor(1) as self.sending:
+                super().start_flask_service()
 
         def make_threadsafe_if_necessary(
             self, func: Callable, lock_aquire_callable: Callable
@@ -995,36 +1066,66 @@ def guarded_server(model: dict, port: int, mode: str, key: str) -> Any:
             @functools.wraps(func)
             def answer() -> Any:
                 # Before the lock: what a stranger sends, or half sends, must not hold it.
-                self.admit()
+                update = self.admit()
                 if self.mode == "hogwild":
-                    return func()
-                lock_aquire_callable()
-                try:
-                    return func()
-                finally:
-                    self.lock.release()
+                    reply = func()
+                else:
+                    lock_aquire_callable()
+                    try:
+                        reply = func()
+                    finally:
+                        self.lock.release()
+                if update:
+                    self.note(update)
+                return reply
 
             return answer
 
-        def admit(self) -> None:
+        def admit(self) -> Optional[Update]:
             """Refuse a request without the key, unread, and one that is no update of these
             weights.
             """
-            given = flask.request.headers.get("Authorization", "").encode()
+            headers = flask.request.headers
+            given = headers.get("Authorization", "").encode()
             if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                 flask.abort(401)
             if flask.request.method != "POST":
-                return
+                return None
             if flask.request.content_length != self.update_bytes:
                 flask.abort(413)
             try:
-                changes = bytes_to_weights(flask.request.get_data())
+                arrays = bytes_to_weights(flask.request.get_data())
+                worker, epoch = int(headers["Xray-Worker"]), int(headers["Xray-Epoch"])
+                loss = float(headers["Xray-Loss"])
             except Exception:  # noqa: BLE001  whatever NumPy makes of bytes from anywhere
                 flask.abort(400)
-            like = [(array.shape, array.dtype) for array in self.weights]
-            finite = all(np.isfinite(array).all() for array in changes if array.dtype.kind == "f")
-            if [(array.shape, array.dtype) for array in changes] != like or not finite:
+            like = [(array.shape, array.dtype) for array in arrays]
+            if like != self.update_like or worker not in range(workers):
                 flask.abort(400)
+            if not math.isfinite(loss) or not all_finite(arrays):
+                flask.abort(400)
+            return Update(worker, epoch, loss, arrays[len(self.weights) :])
+
+        def note(self, update: Update) -> None:
+            """Keep what a worker has told, and make a snapshot where it is the last to finish an
+            epoch.
+            """
+            with self.noting:
+                self.statistics[update.worker] = update.statistics
+                losses = self.losses[update.epoch]
+                losses.append(update.loss)
+                if len(losses) == workers:
+                    self.sending.submit(self.sender.send, self.snapshot(update.epoch))
+
+        def snapshot(self, epoch: int) -> Snapshot:
+            means = (np.mean(arrays, axis=0) for arrays in zip(*self.statistics.values()))
+            # Elephas replaces the list of weights and its arrays: nothing changes in them later.
+            weights = [
+                array if trained else next(means)
+                for array, trained in zip(self.weights, self.trained)
+            ]
+            loss = float(np.mean(self.losses.pop(epoch)))
+            return Snapshot(epoch, loss, weights, time.perf_counter())
 
     return GuardedServer()
 
@@ -1036,42 +1137,78 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
-def gather(model: Any, reports: list[tuple], seconds: float) -> pd.DataFrame:
-    """epoch, loss, seconds of what the workers report; and the mean of their moving statistics in
-    `model`.
+def weights_alone(model: Any) -> Any:
+    """`model` with the same layers and no state of an optimizer: its checkpoints have a third of
+    the size.
 
-    An epoch's seconds end when the last worker has done it.
+    Adam's state is the workers' own in the asynchronous modes.
     """
-    report = pd.DataFrame(reports, columns=["worker", "loss", "end", "statistics"])
-    report["epoch"] = report.groupby("worker").cumcount() + 1
-    last = report.groupby("worker")["statistics"].last()
-    for variable, *values in zip(model.non_trainable_weights, *last):
-        variable.assign(np.mean(values, axis=0))
-    ends = report.groupby("epoch")["end"].max()
-    ends += seconds - ends.iloc[-1]  # what Spark takes to begin counts to the first epoch
-    losses = report.groupby("epoch")["loss"].mean()
-    return pd.DataFrame({"loss": losses, "seconds": ends.diff().fillna(ends)}).reset_index()
+    import keras
+
+    same = keras.Model(model.inputs, model.outputs, name=model.name)
+    same.compile(keras.optimizers.SGD())
+    return same
 
 
-def validate_once(
-    trainer: SparkTrainer, run: "RunFolder", history: pd.DataFrame, table: pd.DataFrame
-) -> pd.DataFrame:
-    """history.csv of an asynchronous fit: what train_epochs writes, with validation after the last
-    epoch alone.
+class Snapshots:
+    """The epochs of an asynchronous fit: kept as they come, and validated after the fit, when the
+    task slots are free.
+
+    `kept` has the weights of `trainer.model`, for checkpoints; `history` has the epochs so far.
     """
-    if not np.isfinite(history["loss"]).all():
-        raise UserError("the loss is not a number: use a smaller --learning-rate")
-    start = time.perf_counter()
-    labels = labels_by_split(table)
-    scored = validate(labels["validation"], trainer.predict("validation"))
-    before_last = [math.nan] * (len(history) - 1)
-    for position, (name, value) in enumerate(scored.items(), 2):
-        history.insert(position, name, [*before_last, value])
-    history["images_per_second"] = len(labels["train"]) / history["seconds"]
-    history["validation_seconds"] = [*before_last, time.perf_counter() - start]
-    run.keep(trainer.model, history)
-    print(history.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
-    return history
+
+    def __init__(
+        self,
+        trainer: SparkTrainer,
+        run: "RunFolder",
+        kept: Any,
+        history: pd.DataFrame,
+        table: pd.DataFrame,
+    ) -> None:
+        self._trainer = trainer
+        self._run = run
+        self._kept = kept
+        self._history = history
+        self._labels = labels_by_split(table)
+        self._screen = sys.stdout  # which is not to be had while Elephas fits
+        self._end = time.perf_counter()  # of the epoch before
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Keep an epoch's weights, and its row of history.csv without validation."""
+        assign(self._kept.weights, snapshot.weights)
+        seconds = snapshot.end - self._end
+        self._end = snapshot.end
+        row = {
+            "epoch": snapshot.epoch,
+            "loss": snapshot.loss,
+            "validation_loss": math.nan,
+            "validation_auroc": math.nan,
+            "seconds": seconds,
+            "images_per_second": len(self._labels["train"]) / seconds,
+            "validation_seconds": math.nan,
+        }
+        # Not by concat, which warns where a column has no number yet.
+        self._history = pd.DataFrame([*self._history.to_dict("records"), row])
+        self._run.keep(self._kept, self._history)
+        self._show(row)
+
+    def validate(self) -> pd.DataFrame:
+        """The history, with the validation of each epoch that had none."""
+        history = self._history
+        for index in history.index[history["validation_seconds"].isna()]:
+            start = time.perf_counter()
+            self._run.load(self._kept, history["epoch"][index])
+            scores = self._trainer.predict("validation")
+            row = validate(self._labels["validation"], scores)
+            row["validation_seconds"] = time.perf_counter() - start
+            history.loc[index, list(row)] = list(row.values())
+            self._run.record(history)
+            self._show({"epoch": history["epoch"][index], **row})
+        return history
+
+    def _show(self, row: dict[str, float]) -> None:
+        numbers = (f"{name} {value:.4g}" for name, value in row.items() if not math.isnan(value))
+        print("  ".join(numbers), file=self._screen, flush=True)
 
 
 # ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py: docs/contributing.md)
@@ -1866,6 +2003,14 @@ def best_epoch(history: pd.DataFrame) -> int:
     return int(history["epoch"][aurocs.idxmax() if aurocs.notna().any() else history.index[-1]])
 
 
+def needed_epochs(history: pd.DataFrame) -> list[int]:
+    """The epochs whose checkpoints a run needs, the last one at the end: the best so far, those not
+    validated yet, and the last.
+    """
+    not_validated = history["epoch"][history["validation_seconds"].isna()]
+    return sorted({best_epoch(history), *not_validated, len(history)})
+
+
 class RunFolder:
     """The folder of one run, which no other run can take meanwhile, and its copy on S3 if --output
     names one.
@@ -2012,7 +2157,7 @@ class RunFolder:
             same_data = (begun["script"], begun["data"]) == (self._script, self._config["data"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"config.json in {where} is damaged: start a new run") from None
-        free = {"credentials", "cache", "output", "resume", "epochs", "max_skipped"}
+        free = {"credentials", "cache", "output", "resume", "epochs", "max_skipped", "port"}
         for name, wanted in {**self._config["arguments"], **target}.items():
             had = decided.get(name, wanted)
             if name not in free and had != wanted:
@@ -2037,7 +2182,7 @@ class RunFolder:
                 self.path / "history.csv", dtype=types, float_precision="round_trip"
             )
             last = len(history)
-            best = best_epoch(history)
+            needed = needed_epochs(history)
             damaged = list(history["epoch"]) != list(range(1, last + 1))
         except (ValueError, LookupError):
             damaged = True
@@ -2048,9 +2193,9 @@ class RunFolder:
                 f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less"
             )
         model.optimizer.build(model.trainable_variables)
-        # A best one that cannot be read is better known now than after hours.
-        for epoch in (best, last):
-            self._load(model, epoch)
+        # One that cannot be read is better known now than after hours.
+        for epoch in needed:
+            self.load(model, epoch)
         self._drop_checkpoints(history)
         print(f"continuing after epoch {last}")
         return history
@@ -2070,7 +2215,11 @@ class RunFolder:
         itself.
         """
         save_checkpoint(model, self._checkpoint(len(history)))
-        # Those before stay until history.csv names the new one: a kill between the two loses
+        self.record(history)
+
+    def record(self, history: pd.DataFrame) -> None:
+        """Keep `history`, of whose epochs the checkpoints are kept."""
+        # Checkpoints stay until history.csv no longer needs them: a kill between the two loses
         # nothing.
         write(self.path / "history.csv", history.to_csv(index=False))
         self._drop_checkpoints(history)
@@ -2081,12 +2230,13 @@ class RunFolder:
         """Load the weights of the best epoch into `model`, which has those of the last one."""
         best = best_epoch(history)
         if best != len(history):
-            self._load(model, best)
+            self.load(model, best)
 
     def _checkpoint(self, epoch: int) -> Path:
         return self.path / f"checkpoint-{epoch}.weights.h5"
 
-    def _load(self, model: Any, epoch: int) -> None:
+    def load(self, model: Any, epoch: int) -> None:
+        """Load the checkpoint of an epoch. Raises UserError where it is missing or damaged."""
         path = self._checkpoint(epoch)
         try:
             with warnings.catch_warnings():
@@ -2103,8 +2253,8 @@ class RunFolder:
             ) from None
 
     def _drop_checkpoints(self, history: pd.DataFrame) -> None:
-        """Remove all checkpoints but those of the best epoch and of the last one."""
-        needed = {self._checkpoint(best_epoch(history)), self._checkpoint(len(history))}
+        """Remove all checkpoints but those that the run needs."""
+        needed = {self._checkpoint(epoch) for epoch in needed_epochs(history)}
         for checkpoint in set(self.path.glob("checkpoint-*")) - needed:
             checkpoint.unlink()
 

@@ -927,6 +927,14 @@ def best_epoch(history: pd.DataFrame) -> int:
     return int(history["epoch"][aurocs.idxmax() if aurocs.notna().any() else history.index[-1]])
 
 
+def needed_epochs(history: pd.DataFrame) -> list[int]:
+    """The epochs whose checkpoints a run needs, the last one at the end: the best so far, those not
+    validated yet, and the last.
+    """
+    not_validated = history["epoch"][history["validation_seconds"].isna()]
+    return sorted({best_epoch(history), *not_validated, len(history)})
+
+
 class RunFolder:
     """The folder of one run, which no other run can take meanwhile, and its copy on S3 if --output
     names one.
@@ -1073,7 +1081,7 @@ class RunFolder:
             same_data = (begun["script"], begun["data"]) == (self._script, self._config["data"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"config.json in {where} is damaged: start a new run") from None
-        free = {"credentials", "cache", "output", "resume", "epochs", "max_skipped"}
+        free = {"credentials", "cache", "output", "resume", "epochs", "max_skipped", "port"}
         for name, wanted in {**self._config["arguments"], **target}.items():
             had = decided.get(name, wanted)
             if name not in free and had != wanted:
@@ -1098,7 +1106,7 @@ class RunFolder:
                 self.path / "history.csv", dtype=types, float_precision="round_trip"
             )
             last = len(history)
-            best = best_epoch(history)
+            needed = needed_epochs(history)
             damaged = list(history["epoch"]) != list(range(1, last + 1))
         except (ValueError, LookupError):
             damaged = True
@@ -1109,9 +1117,9 @@ class RunFolder:
                 f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less"
             )
         model.optimizer.build(model.trainable_variables)
-        # A best one that cannot be read is better known now than after hours.
-        for epoch in (best, last):
-            self._load(model, epoch)
+        # One that cannot be read is better known now than after hours.
+        for epoch in needed:
+            self.load(model, epoch)
         self._drop_checkpoints(history)
         print(f"continuing after epoch {last}")
         return history
@@ -1131,7 +1139,11 @@ class RunFolder:
         itself.
         """
         save_checkpoint(model, self._checkpoint(len(history)))
-        # Those before stay until history.csv names the new one: a kill between the two loses
+        self.record(history)
+
+    def record(self, history: pd.DataFrame) -> None:
+        """Keep `history`, of whose epochs the checkpoints are kept."""
+        # Checkpoints stay until history.csv no longer needs them: a kill between the two loses
         # nothing.
         write(self.path / "history.csv", history.to_csv(index=False))
         self._drop_checkpoints(history)
@@ -1142,12 +1154,13 @@ class RunFolder:
         """Load the weights of the best epoch into `model`, which has those of the last one."""
         best = best_epoch(history)
         if best != len(history):
-            self._load(model, best)
+            self.load(model, best)
 
     def _checkpoint(self, epoch: int) -> Path:
         return self.path / f"checkpoint-{epoch}.weights.h5"
 
-    def _load(self, model: Any, epoch: int) -> None:
+    def load(self, model: Any, epoch: int) -> None:
+        """Load the checkpoint of an epoch. Raises UserError where it is missing or damaged."""
         path = self._checkpoint(epoch)
         try:
             with warnings.catch_warnings():
@@ -1164,8 +1177,8 @@ class RunFolder:
             ) from None
 
     def _drop_checkpoints(self, history: pd.DataFrame) -> None:
-        """Remove all checkpoints but those of the best epoch and of the last one."""
-        needed = {self._checkpoint(best_epoch(history)), self._checkpoint(len(history))}
+        """Remove all checkpoints but those that the run needs."""
+        needed = {self._checkpoint(epoch) for epoch in needed_epochs(history)}
         for checkpoint in set(self.path.glob("checkpoint-*")) - needed:
             checkpoint.unlink()
 

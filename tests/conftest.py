@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,28 @@ def run(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     (output,) = (folder / "runs").iterdir()
     options = ["--credentials", str(credentials), "--cache", str(folder / "cache"), *QUICK]
     return Run(options, output, finished, json.loads(finished.stdout.splitlines()[-1]))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Call with mount options of a small disk, again to change them: its folder."""
+    folder, mounted = tmp_path / "disk", []
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        how = ["-o", f"{'remount,' * bool(mounted)}{options}"]
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", *how, "tmpfs", folder], capture_output=True, text=True
+        )
+        if done.returncode and not mounted:
+            pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr
+        mounted.append(options)
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

@@ -13,9 +13,7 @@ import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -290,28 +288,6 @@ def test_s3_that_is_away_for_an_epoch(
     assert {path.name for path in copy.iterdir()} == {
         path.name for path in unbroken.folder.iterdir()
     }
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Call with mount options of a small disk, again to change them: its folder."""
-    folder, mounted = tmp_path / "disk", []
-    folder.mkdir()
-
-    def mount(options: str) -> Path:
-        how = ["-o", f"{'remount,' * bool(mounted)}{options}"]
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", *how, "tmpfs", folder], capture_output=True, text=True
-        )
-        if done.returncode and not mounted:
-            pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
-        assert done.returncode == 0, done.stderr
-        mounted.append(options)
-        return folder
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -> None:

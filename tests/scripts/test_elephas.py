@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import re
 import shutil
@@ -304,9 +303,11 @@ def serves(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def post(port: int, body: bytes, key: str = "") -> int:
-    """The status of an update of the weights."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+def post(port: int, body: bytes, key: str = "", **words: Any) -> int:
+    """The status of an update of the weights, by worker 0 after epoch 1 unless `words` say else."""
+    words = {"worker": 0, "epoch": 1, "loss": 0.5, **words}
+    headers = {f"Xray-{name.title()}": str(word) for name, word in words.items()}
+    headers.update({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(f"http://127.0.0.1:{port}/update", body, headers)
     try:
         with urllib.request.urlopen(request) as answer:
@@ -350,12 +351,26 @@ def test_asynchronous_among_strangers(
     result = result_of(finished)
     assert answers == [401] * 5
     assert result["target"]["mode"] == "asynchronous"
-    assert result["train"]["epochs"] == 3
+    check_history(tmp_path / "run", result, epochs=3)
     history = losses(tmp_path / "run")
-    assert [math.isnan(auroc) for *_, auroc in history] == [True, True, False]
     assert history[2][0] < history[0][0]  # the loss falls
     assert "HTTP/1.1" not in finished.stderr
     socket.create_server(("", port)).close()  # the server is gone
+
+
+def check_history(folder: Path, result: dict, epochs: int) -> None:
+    """Fail unless each epoch was validated, and the best one was evaluated and kept with the
+    last.
+    """
+    history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+    assert list(history["epoch"]) == list(range(1, epochs + 1))
+    assert np.isfinite(history).all(axis=None)
+    best = history["validation_auroc"].idxmax() + 1
+    assert result["train"]["epochs"] == epochs
+    assert result["train"]["best_epoch"] == best
+    assert result["train"]["validation_auroc"]["best"] == history["validation_auroc"].max()
+    checkpoints = {path.name for path in folder.glob("checkpoint-*")}
+    assert checkpoints == {f"checkpoint-{epoch}.weights.h5" for epoch in (best, epochs)}
 
 
 @pytest.mark.parametrize("mode", ["asynchronous", "hogwild"])
@@ -367,7 +382,7 @@ def test_what_the_parameter_server_takes(
 
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    server = xray.guarded_server(model_to_dict(model), port, mode, "the key")
+    server = xray.guarded_server(model_to_dict(model), port, mode, "the key", workers=2)
     like = [np.ones((3, 2), np.float32), np.ones(2, np.float32)]
     good = elephas_bytes(like)
     server.start()
@@ -388,6 +403,15 @@ def test_what_the_parameter_server_takes(
             (b"", 413),
         ]:
             assert post(port, body, "the key") == status, body[:40]
+        for words in (
+            {"worker": 2},
+            {"worker": -1},
+            {"worker": "x"},
+            {"epoch": ""},
+            {"loss": "nan"},
+            {"loss": "inf"},
+        ):
+            assert post(port, good, "the key", **words) == 400, words
         stalled = socket.create_connection(("127.0.0.1", port))  # has the key, and sends half
         stalled.sendall(b"POST /update HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer the key\r\n")
         stalled.sendall(f"Content-Length: {len(good)}\r\n\r\nhalf".encode())
@@ -426,27 +450,101 @@ def elephas_bytes(weights: list[np.ndarray]) -> bytes:
 
 
 @pytest.mark.slow
-def test_an_executor_lost_in_asynchronous_mode_is_an_error(
+def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_resumed(
     submitted: tuple, asynchronous: list, port: int, tmp_path: Path
 ) -> None:
     killed, pages = [], free_port()
 
     def kill_one() -> bool:
-        """As soon as both executors train, by what Spark's UI says."""
-        if not killed and serves(port) and running_tasks(pages) == 2:
+        """As both executors train, by what Spark's UI says, and an epoch has been kept."""
+        kept = (tmp_path / "run" / "history.csv").exists()
+        if not killed and kept and running_tasks(pages) == 2:
             killed.extend(executors_of(drivers(tmp_path)["java"])[:1])
             os.kill(killed[0], signal.SIGKILL)
         return False
 
     conf = (*LOOPBACK, f"spark.ui.port={pages}")
-    finished = submit(tmp_path, *asynchronous, conf=conf, stop=(kill_one, signal.SIGTERM))
+    words = [*asynchronous, "--epochs", 30]
+    finished = submit(tmp_path, *words, conf=conf, stop=(kill_one, signal.SIGTERM))
     assert finished.code == 2
     # Not error_line: this cluster's master is in the driver's JVM, and may be ending while it
     # replaces the executor, which Java shows as a trace of its own.
-    assert finished.stdout.splitlines()[-1].startswith(
-        "xray_elephas.py: error: an executor was lost"
-    )
+    problem = finished.stdout.splitlines()[-1]
+    assert problem.startswith("xray_elephas.py: error: an executor was lost")
+    assert "--resume" in problem
     assert not serves(port)
+    check_resumed(asynchronous, tmp_path)
+
+
+def check_resumed(words: list[Any], folder: Path) -> None:
+    """Resume the run in `folder`, which was broken off before its last epoch, on another port.
+
+    Fails unless it goes on from the epochs that were kept.
+    """
+    before = pd.read_csv(folder / "run" / "history.csv", float_precision="round_trip")
+    assert before["validation_auroc"].isna().all()
+    kept = {path.name for path in (folder / "run").glob("checkpoint-*")}
+    assert kept >= {f"checkpoint-{epoch}.weights.h5" for epoch in before["epoch"]}
+    epochs = len(before) + 1
+    more = ["--epochs", epochs, "--port", free_port(), "--resume"]
+    finished = submit(folder, *words, *more, conf=LOOPBACK)
+    assert f"continuing after epoch {len(before)}\n" in finished.stdout
+    check_history(folder / "run", result_of(finished), epochs)
+    after = pd.read_csv(folder / "run" / "history.csv", float_precision="round_trip")
+    trained = ["epoch", "loss", "seconds", "images_per_second"]
+    pd.testing.assert_frame_equal(after[trained][:-1], before[trained], check_exact=True)
+    assert after["loss"].iloc[-1] < before["loss"].iloc[0]  # it goes on learning from where it was
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["asynchronous", "hogwild"])
+def test_a_killed_driver_loses_no_epoch_that_was_kept(
+    submitted: tuple, shared: list, tmp_path: Path, mode: str
+) -> None:
+    """Killed while it trains; and the run that goes on, while it validates."""
+    words = [*shared, "--mode", mode, "--port", free_port()]
+    history = tmp_path / "run" / "history.csv"
+
+    def validated() -> int:
+        return int(pd.read_csv(history)["validation_auroc"].notna().sum())
+
+    def submit_and_kill(least: int, *more: Any) -> None:
+        """Run the script; kill it when `least` epochs are validated, and one is kept."""
+        killed = []
+
+        def kill() -> bool:
+            if not killed and history.exists() and validated() >= least:
+                killed.append(drivers(tmp_path)["python"])
+                os.kill(killed[0], signal.SIGKILL)
+            return False
+
+        assert submit(tmp_path, *words, *more, conf=LOOPBACK, stop=(kill, signal.SIGTERM)).code
+        assert killed
+
+    submit_and_kill(0, "--epochs", 30)
+    kept = len(pd.read_csv(history))
+    assert validated() == 0
+    again = ["--epochs", kept + 3, "--resume"]
+    submit_and_kill(1, *again)
+    assert len(pd.read_csv(history)) == kept + 3
+    assert 0 < validated() < kept + 3
+    finished = submit(tmp_path, *words, *again, conf=LOOPBACK)
+    check_history(tmp_path / "run", result_of(finished), kept + 3)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_as_epochs_are_kept_ends_the_run(
+    submitted: tuple, asynchronous: list, port: int, disk: Callable, tmp_path: Path
+) -> None:
+    output = disk("size=32m") / "run"  # a checkpoint has 13 MB, and is to have 15 MB of room
+    words = [*asynchronous, "--output", output]
+    problem = error_line(submit(tmp_path, *words, "--epochs", 30, conf=LOOPBACK))
+    assert "No space left on device" in problem
+    assert not serves(port)
+    assert len(pd.read_csv(output / "history.csv")) == 2
+    disk("size=100m")
+    finished = submit(tmp_path, *words, "--resume", "--epochs", 3, conf=LOOPBACK)
+    check_history(output, result_of(finished), epochs=3)
 
 
 @pytest.mark.slow
@@ -572,6 +670,18 @@ def test_each_worker_has_more_images_than_a_batch(
 def test_too_few_for_one_worker() -> None:
     with pytest.raises(xray.UserError, match="use a smaller"):
         xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), 32, 2)
+
+
+def test_errors_that_the_user_can_fix() -> None:
+    """What Java says of them, in each mode: the traceback of a task, for one."""
+    lost = Exception("Job aborted: ExecutorLostFailure (executor 1 exited)")
+    assert "--resume" in str(xray.spark_error(lost, "hogwild"))
+    assert "--resume" not in str(xray.spark_error(lost, "synchronous"))
+    diverged = xray.spark_error(Exception(f"RuntimeError: {xray.DIVERGED}\n  at org"), "hogwild")
+    assert isinstance(diverged, xray.UserError)
+    assert "use a smaller --learning-rate" in str(diverged)
+    other = Exception("ZeroDivisionError")
+    assert xray.spark_error(other, "hogwild") is other
 
 
 def settings(*options: Any, **conf: str) -> dict[str, str]:
