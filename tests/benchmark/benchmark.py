@@ -301,17 +301,16 @@ def pixels() -> str:
             named = {peer.__name__: peers.Peer(peer, arguments, images) for peer in chosen}
             return list(peers.take_turns(named, rounds).values())
 
-        stages = turns(1000, 4, *INGEST.values())
+        *stages, undecoded = turns(1000, 4, *INGEST.values(), peers.ingest_without_decoding)
         # On more images, as most of what it takes for few is to connect and list.
         (cached,) = turns(4000, 5, peers.our_cached_start)
         naive, training = turns(192, 3, peers.training_from_the_bucket, peers.our_training)
-        arguments.threads = 2
-        (unbound,) = turns(1000, 4, peers.ingest_without_decoding)
-    bare, ours, cached, naive, training, unbound = (
+    spent = [processor_time(each) for each in stages]
+    bare, ours, cached, naive, training = (
         [turn.images_per_second for turn in each]
-        for each in (stages[0], stages[-1], cached, naive, training, unbound)
+        for each in (stages[0], stages[-1], cached, naive, training)
     )
-    put(SCALING, "lock", bound_by_the_lock(ours, unbound))
+    put(SCALING, "lock", bound_by_the_lock(spent[-1], processor_time(undecoded)))
     rows = [
         ("Pillow decoding the same files from memory, nothing else", figures(bare), ""),
         (
@@ -341,7 +340,7 @@ def pixels() -> str:
         [
             table("one core | images a second | ratio", rows),
             kept,
-            stages_of_an_image(stages),
+            stages_of_an_image(spent),
         ]
     )
 
@@ -356,26 +355,30 @@ INGEST: dict[str, Callable] = {
 }
 
 
-def stages_of_an_image(stages: list[list[peers.Turn]]) -> str:
+def processor_time(turns: list[peers.Turn]) -> float:
+    """Milliseconds of processor time of an image, the median of the turns."""
+    return statistics.median(turn.milliseconds for turn in turns)
+
+
+def stages_of_an_image(spent: list[float]) -> str:
     """Milliseconds of the core for each part of ingest, measured alone, and what is left."""
-    spent = [statistics.median(turn.milliseconds for turn in turns) for turns in stages]
     *parts, whole = spent
     rest = whole - sum(parts)
-    named = [*zip(INGEST, parts), ("rest: threads that take turns on the core", rest)]
-    rows = [(name, f"{each:.2f}", f"{100 * each / whole:.0f} %") for name, each in named]
+    named = [*zip(INGEST, parts), ("rest: 32 threads that share the core and its cache", rest)]
+    rows = [(name, f"{each:.2f}", share(each, whole)) for name, each in named]
     rows.append(("all of it", f"{whole:.2f}", "100 %"))
     return table("part of an image's ingest, one core | ms of processor time | share", rows)
 
 
-def bound_by_the_lock(ours: list[float], unbound: list[float]) -> str:
-    """The number of cores from which on Python's lock binds one process."""
-    share = ratio(ours, unbound)
+def bound_by_the_lock(whole: float, undecoded: float) -> str:
+    """From how many cores on Python's lock, and the number of requests, bind one process."""
+    requests = 32 / LATENCY
     return (
-        f"One core takes in {figures(ours)} images a second; with the decoding left out, one "
-        f"process on two cores {figures(unbound)}, which more cores could hardly raise: but for "
-        "the reading of sockets, what is left holds Python's lock. So the lock is held for "
-        f"{100 * share:.0f} % of an image's time, and it binds one process from about "
-        f"{1 / share:.0f} cores on.\n\n"
+        f"An image takes {whole:.2f} ms of a core, and {undecoded:.2f} ms with the decoding left "
+        f"out. In these {share(undecoded, whole)} Python's lock is held, but for the copying from "
+        f"sockets, so it binds one process from about {whole / undecoded:.1f} cores on. 32 "
+        f"requests of {1000 * LATENCY:.0f} ms give at most {requests:.0f} images a second, as many "
+        f"as {requests * whole / 1000:.1f} such cores take in.\n\n"
         f"*{machine()}; `python tests/benchmark/benchmark.py pixels`*"
     )
 
