@@ -109,12 +109,6 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def publish(group: str, tables: str) -> None:
-    """Put the group's tables into docs/results.md."""
-    put(RESULTS, group, f"{tables}\n\n*{machine()}; `python tests/benchmark/benchmark.py {group}`*")
-    print(f"\n{tables}\n", flush=True)
-
-
 def put(page: Path, name: str, text: str) -> None:
     """Put `text` between the marks of `name` on a page, in the place of what was there."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -378,8 +372,8 @@ def bound_by_the_lock(whole: float, undecoded: float) -> str:
         f"out. In these {share(undecoded, whole)} Python's lock is held, but for the copying from "
         f"sockets, so it binds one process from about {whole / undecoded:.1f} cores on. 32 "
         f"requests of {1000 * LATENCY:.0f} ms give at most {requests:.0f} images a second, as many "
-        f"as {requests * whole / 1000:.1f} such cores take in.\n\n"
-        f"*{machine()}; `python tests/benchmark/benchmark.py pixels`*"
+        f"as {requests * whole / 1000:.1f} such cores take in "
+        "([measured](results.md#from-the-bucket-to-pixels))."
     )
 
 
@@ -789,8 +783,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="what to measure [all]")
-    for group in parser.parse_args().groups or GROUPS:
-        publish(group, GROUPS[group]())
+    chosen = parser.parse_args().groups
+    if not chosen:
+        put(RESULTS, "machine", measured_by(""))
+        for group in GROUPS:  # a run that fails leaves no table of another day under that line
+            put(RESULTS, group, "Not measured.")
+    for group in chosen or GROUPS:
+        start = time.perf_counter()
+        tables = GROUPS[group]()
+        put(RESULTS, group, f"{tables}\n\n{measured_by(group)}" if chosen else tables)
+        print(f"\n{tables}\n{group}: {time.perf_counter() - start:.0f} s\n", flush=True)
+
+
+def measured_by(group: str) -> str:
+    """The line that says on which machine, when and by which command."""
+    command = f"python tests/benchmark/benchmark.py {group}".rstrip()
+    return f"*{machine()}; `{command}`*"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,31 @@ def test_every_group_has_its_table() -> None:
         between = re.search(f"<!-- {group}: begin -->(.*)<!-- {group}: end -->", text, re.DOTALL)
         assert between, group
         assert "|---" in between[1]
-        assert f"`python tests/benchmark/benchmark.py {group}`" in between[1]
+        assert f"benchmark.py {group}`" in between[1] or "benchmark.py`*" in text
+
+
+def test_all_groups_in_one_go_have_one_line_of_machine_and_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "results.md"
+    page.write_text((ROOT / "docs" / "results.md").read_text())
+    monkeypatch.setattr(benchmark, "RESULTS", page)
+    monkeypatch.setattr(benchmark, "GROUPS", dict.fromkeys(benchmark.GROUPS, lambda: "|a|"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    benchmark.main()
+    assert page.read_text().count("tensorflow 2.") == 1
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "steps"])
+    benchmark.main()
+    assert page.read_text().count("`python tests/benchmark/benchmark.py steps`") == 1
+
+    def fails() -> str:
+        raise SystemExit
+
+    monkeypatch.setattr(benchmark, "GROUPS", dict.fromkeys(benchmark.GROUPS, fails))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert page.read_text().count("Not measured.") == len(benchmark.GROUPS)
 
 
 def test_the_line_about_the_lock_has_its_place(
