@@ -125,7 +125,7 @@ ONEDNN = "on" if "avx512_vnni" in CPU_FLAGS else "off"
 OURS = "xray_tensorflow.py"
 TRAINERS: dict[str, Callable] = {
     OURS: peers.our_training,
-    f"stock Keras, default environment (oneDNN {ONEDNN} on this CPU)": peers.stock_keras,
+    f"stock Keras, default environment (oneDNN is {ONEDNN} on this CPU)": peers.stock_keras,
     "stock Keras, the same by `fit` on arrays": peers.stock_keras_fit,
     "stock Keras, oneDNN off (default without AVX-512 VNNI)": peers.stock_keras_without_onednn,
     "PyTorch eager": peers.pytorch,
@@ -178,11 +178,12 @@ def summary(speeds: dict[str, list[float]], ours: list[float], who: str) -> str:
         name = best_of(family, speeds, without)
         kind = f"{family} in float32" if without == "bfloat16" else family
         best = statistics.median(speeds[name])
-        lines.append(
-            f"- Best of {kind} here: {name}, {best:.1f} images a second. {who} is "
-            f"{times(ours, speeds[name])} times as fast."
-        )
-    return "\n".join(dict.fromkeys(lines))
+        if not any(f": {name}, " in line for line in lines):
+            lines.append(
+                f"- Best of {kind} here: {name}, {best:.1f} images a second. {who} is "
+                f"{times(ours, speeds[name])} times as fast."
+            )
+    return "\n".join(lines)
 
 
 def steps() -> str:
@@ -524,13 +525,16 @@ def learning() -> str:
             best, test = history["validation_auroc"].max(), result["auroc"]["mean"]
             rows.append(
                 (
-                    f"{script} {mode or ''}",
+                    f"{script} {mode or ''}".strip(),
                     *reached,
                     f"{best:.3f}",
-                    f"{test:.3f} after {len(history)}",
+                    f"{test:.3f} (epoch {result['train']['best_epoch']})",
                 )
             )
-    head = "the sample, 64 pixels | epochs to 0.80 | seconds to 0.80 | best validation AUROC | test AUROC after epochs"
+    head = (
+        "the sample, 64 pixels | epochs to 0.80 | seconds to 0.80 | best validation AUROC | "
+        "test AUROC of the best epoch"
+    )
     return table(head, rows)
 
 
