@@ -11,18 +11,39 @@ import io
 import itertools
 import multiprocessing
 import os
+import re
+import statistics
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
 LABELS = 15
+
+
+class Peer(NamedTuple):
+    """What takes turns with others: `prepare(arguments, images)` gives a call that works on so many
+    images.
+    """
+
+    prepare: Callable[[Namespace, int], Callable[[], Any]]
+    arguments: Namespace
+    images: int
+
+
+class Turn(NamedTuple):
+    """What one call took: images a second, and milliseconds of processor time an image."""
+
+    images_per_second: float
+    milliseconds: float
 
 
 def made_up(arguments: Namespace, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,15 +135,25 @@ def pytorch_mobilenet() -> Any:
     )
 
 
-def pytorch(arguments: Namespace, images: int, channels_last: bool = False) -> Callable[[], Any]:
-    """An epoch of it, eager, in PyTorch's default memory format."""
+def pytorch(
+    arguments: Namespace,
+    images: int,
+    channels_last: bool = False,
+    compiled: bool = False,
+    bfloat16: bool = False,
+) -> Callable[[], Any]:
+    """An epoch of it: eager, in PyTorch's default memory format and float32, or as asked for.
+
+    Channels last is what PyTorch's guide recommends for convolutions on CPUs; with `bfloat16` the
+    forward pass is under autocast, which needs no scaling of the loss.
+    """
     import torch
 
     torch.set_num_threads(arguments.threads)
     pixels, truth = map(torch.from_numpy, made_up(arguments, images))
     model, loss_of = pytorch_mobilenet().train(), torch.nn.BCEWithLogitsLoss()
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=memory_format)
     if arguments.weights != "none":  # statistics, scale and offset stay, as in the other peers
         for layer in model:
             if isinstance(layer, torch.nn.BatchNorm2d):
@@ -130,22 +161,19 @@ def pytorch(arguments: Namespace, images: int, channels_last: bool = False) -> C
     optimizer = torch.optim.Adam(
         [weight for weight in model.parameters() if weight.requires_grad], 1e-4, eps=1e-7
     )
+    logits_of = torch.compile(model) if compiled else model
 
     def epoch() -> None:
         for rows in torch.randperm(images).split(arguments.batch_size):
             batch = pixels[rows].unsqueeze(1).float().div(127.5).sub(1).expand(-1, 3, -1, -1)
-            if channels_last:
-                batch = batch.contiguous(memory_format=torch.channels_last)
+            batch = batch.contiguous(memory_format=memory_format)
             optimizer.zero_grad()
-            loss_of(model(batch), truth[rows]).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                logits = logits_of(batch)
+            loss_of(logits.float(), truth[rows]).backward()
             optimizer.step()
 
     return epoch
-
-
-def pytorch_channels_last(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The same in the memory format that PyTorch's guide to convolutions on CPUs recommends."""
-    return pytorch(arguments, images, channels_last=True)
 
 
 def our_ingest(arguments: Namespace, images: int) -> Callable[[], Any]:
@@ -155,7 +183,7 @@ def our_ingest(arguments: Namespace, images: int) -> Callable[[], Any]:
     caches = itertools.count()
 
     def ingest() -> None:
-        arguments.cache = f"{arguments.folder}/cache-{next(caches)}"
+        arguments.cache = f"{arguments.folder}/cache-{os.getpid()}-{next(caches)}"
         read_pixels(arguments, images)
 
     return ingest
@@ -193,6 +221,73 @@ def bare_decoding(arguments: Namespace, images: int) -> Callable[[], Any]:
             Image.open(io.BytesIO(file)).load()
 
     return decode
+
+
+def bare_fetching(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """The GETs alone, by as many threads as ingest has."""
+    import xray_tensorflow as xray
+
+    client = xray.connect(xray.read_credentials(arguments.credentials), arguments.bucket)
+    keys = list(bucket_table(arguments)["key"][:images])
+
+    def fetch_all() -> None:
+        with ThreadPool(xray.FETCH_THREADS) as pool:
+            for _ in pool.imap_unordered(
+                lambda key: xray.fetch(client, arguments.bucket, key), keys
+            ):
+                pass
+
+    return fetch_all
+
+
+def bare_verifying(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """The check of the PNGs' checksums alone, from memory."""
+    from PIL import Image
+
+    files = list(itertools.islice(itertools.cycle(arguments.files), images))
+
+    def verify() -> None:
+        for file in files:
+            Image.open(io.BytesIO(file)).verify()
+
+    return verify
+
+
+def bare_resizing(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """From decoded images in memory to the pixels of a run, as xray_tensorflow.py's `decode` does
+    it.
+    """
+    from PIL import Image
+
+    opened = [Image.open(io.BytesIO(file)) for file in arguments.files]
+    for image in opened:
+        image.load()
+    size = (arguments.image_size, arguments.image_size)
+
+    def resize() -> None:
+        for image in itertools.islice(itertools.cycle(opened), images):
+            grey = image.convert("L").resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+            np.asarray(grey)
+
+    return resize
+
+
+def bare_storing(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """Ingest of images that are there already: list, labels, checksums of the pixels, SQLite."""
+    import xray_tensorflow as xray
+
+    image = np.zeros((arguments.image_size, arguments.image_size), np.uint8)
+    xray.fetch_images = lambda client, bucket, keys, size: ((row, image, "") for row in keys)
+    return our_ingest(arguments, images)
+
+
+def ingest_without_decoding(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """Ingest whose decoding, which other threads' Python does not wait for, takes no time."""
+    import xray_tensorflow as xray
+
+    image = np.zeros((arguments.image_size, arguments.image_size), np.uint8)
+    xray.decode = lambda data, size: image
+    return our_ingest(arguments, images)
 
 
 def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], Any]:
@@ -233,145 +328,152 @@ def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], 
 
 # ---- the parts of a step ----
 
+# By the name of the operation, which has the layer's; the first that fits.
+PARTS = {
+    "Adam": "^adam/",
+    "batch normalisation": "_bn_",
+    "ReLU6": "_relu_",
+    "padding before strided convolutions": "conv_pad_",
+    "depthwise convolutions": "conv_dw_",
+    "1x1 convolutions (matrix products)": "conv_pw_",
+    "first convolution": "conv1_",
+    "rest: input, pooling, loss": "",
+}
 
-def step_parts(arguments: Namespace, images: int) -> dict[str, float]:
-    """Milliseconds of the parts of a training step of xray_tensorflow.py, each alone, forward and
-    backward.
 
-    Also the bound: GFLOP of the step's matrix products, and GFLOP/s of a large one (2048 x 2048).
+class StepParts(NamedTuple):
+    """Of one training step: milliseconds by part, GFLOP of the parts that are matrix products,
+    milliseconds of the whole, and GFLOP/s of matrix products alone by their shapes.
     """
-    import keras
+
+    milliseconds: dict[str, float]
+    gflop: dict[str, float]
+    whole: float
+    rates: dict[tuple[int, int, int], float]
+
+
+def step_parts(arguments: Namespace) -> StepParts:
+    """The parts of a training step of xray_tensorflow.py, by TensorFlow's own profiler.
+
+    It times each operation within the step. Measured alone, an output that nobody uses would not
+    be computed, and what a part reads would be in the cache already.
+    """
     import tensorflow as tf
 
     import xray_tensorflow as xray
 
     xray.limit_tensorflow(arguments.threads)
     pixels, truth = made_up(arguments, arguments.batch_size)
-    model = xray.build_cnn(arguments, truth)
-    parts, flops, layers = dict.fromkeys(PARTS, 0.0), 0.0, model.get_layer("mobilenet").layers
-    for layer in layers:
-        part = part_of(layer)
-        if part:
-            shape = (arguments.batch_size, *layer.input.shape[1:])
-            parts[part] += milliseconds(forward_and_backward(layer, tf.random.normal(shape)))
-            if part == PARTS[0]:
-                flops += (
-                    6e-9
-                    * np.prod(layer.output.shape[1:])
-                    * layer.input.shape[-1]
-                    * arguments.batch_size
-                )
-        if isinstance(layer, keras.layers.Conv2D) and part == PARTS[1]:
-            flops += (
-                4e-9 * np.prod(layer.output.shape[1:]) * 27 * arguments.batch_size
-            )  # no gradient of the input
-    large = tf.random.normal((2048, 2048))
-    product = tf.function(lambda: tf.matmul(large, large))
-    parts["GFLOP/s of a large matrix product"] = 2 * 2.048**3 / milliseconds(product) * 1000
-    parts["GFLOP of matrix products in a step"] = flops
-    data = pixels[..., np.newaxis]
-    parts["the whole step"] = milliseconds(lambda: model.train_on_batch(data, truth))
-    return parts
+    model, data = xray.build_cnn(arguments, truth), pixels[..., np.newaxis]
 
+    def steps(count: int) -> list[float]:
+        return [milliseconds(lambda: model.train_on_batch(data, truth)) for _ in range(count)]
 
-PARTS = [
-    "1x1 convolutions (matrix products)",
-    "first convolution",
-    "depthwise convolutions",
-    "batch normalisation",
-]
-PARTS += ["padding and ReLU6"]
-
-
-def part_of(layer: Any) -> str:
-    """Which of PARTS a layer of MobileNet is; none for those that cost nothing."""
-    kinds = {
-        "Conv2D": 1,
-        "DepthwiseConv2D": 2,
-        "BatchNormalization": 3,
-        "ReLU": 4,
-        "ZeroPadding2D": 4,
-    }
-    kind = kinds.get(type(layer).__name__)
-    return "" if kind is None else PARTS[0 if kind == 1 and layer.kernel_size == (1, 1) else kind]
-
-
-def forward_and_backward(layer: Any, inputs: Any) -> Callable[[], Any]:
-    """A traced function of a layer's output for `inputs` and its gradients by input and weights."""
-    import tensorflow as tf
-
-    options = {"training": True} if type(layer).__name__ == "BatchNormalization" else {}
-
-    @tf.function
-    def both() -> Any:
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            output = layer(inputs, **options)
-        variables = [variable.value for variable in layer.trainable_weights]
-        return tape.gradient(output, [inputs, *variables], output_gradients=tf.ones_like(output))
-
-    return both
+    steps(3)
+    whole = steps(10)
+    with tempfile.TemporaryDirectory() as folder:
+        with tf.profiler.experimental.Profile(folder):
+            steps(10)
+        operations = operations_of(folder)
+    whole += steps(10)
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name, spent in operations.items():
+        part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
+        parts[part] += spent / 10
+    gflop, shapes = products(model, arguments.batch_size)
+    rates = {shape: rate_of(*shape) for shape in {*shapes, (2048, 2048, 2048)}}
+    return StepParts(parts, gflop, statistics.median(whole), rates)
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """The fastest of ten calls after two."""
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
+
+
+def operations_of(folder: str) -> dict[str, float]:
+    """Milliseconds of each operation of a graph, by name, in the profile that lies in `folder`."""
+    from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
+
+    (file,) = Path(folder).rglob("*.xplane.pb")
+    (host,) = (p for p in XSpace.FromString(file.read_bytes()).planes if p.name == "/host:CPU")
+    spent: dict[str, float] = {}
+    for event in itertools.chain.from_iterable(line.events for line in host.lines):
+        name = host.event_metadata[event.metadata_id].name
+        if re.fullmatch(r"[^ :]+:\w+", name):  # an operation's name and type
+            spent[name] = spent.get(name, 0.0) + event.duration_ps / 1e9
+    return spent
+
+
+def products(model: Any, batch_size: int) -> tuple[dict[str, float], list[tuple[int, int, int]]]:
+    """GFLOP of a step by part, and the shapes (m, k, n) of its products (m, k) x (k, n).
+
+    A 1x1 convolution has three: forward, gradient of the input, gradient of the kernel. The first
+    convolution, of 3 x 3 x 3 values an output, needs no gradient of its input.
+    """
+    import keras
+
+    gflop = {"1x1 convolutions (matrix products)": 0.0, "first convolution": 0.0}
+    shapes = []
+    for layer in model.get_layer("mobilenet").layers:
+        if type(layer) is not keras.layers.Conv2D:
+            continue
+        _, height, width, after = layer.output.shape
+        rows = batch_size * height * width
+        if layer.kernel_size == (1, 1):
+            before = layer.input.shape[-1]
+            gflop["1x1 convolutions (matrix products)"] += 6e-9 * rows * before * after
+            shapes += [(rows, before, after), (rows, after, before), (before, rows, after)]
+        else:
+            gflop["first convolution"] += 4e-9 * rows * 27 * after
+    return gflop, shapes
+
+
+def rate_of(m: int, k: int, n: int) -> float:
+    """GFLOP/s of the matrix product (m, k) x (k, n), the fastest of five."""
     import tensorflow as tf
 
-    def once() -> float:
-        start = time.perf_counter()
-        for result in tf.nest.flatten(call()):
-            np.asarray(result).ravel()[:1]
-        return 1000 * (time.perf_counter() - start)
-
-    return min([once() for _ in range(12)][2:])
+    # A sum over the long axis, the gradient of a kernel, has its first factor transposed.
+    transposed = k > m and k > n
+    one = tf.random.normal((k, m) if transposed else (m, k))
+    product = tf.function(lambda a, b: tf.matmul(a, b, transpose_a=transposed))
+    other = tf.random.normal((k, n))
+    product(one, other)
+    return 2e-6 * m * k * n / min(milliseconds(lambda: product(one, other)) for _ in range(5))
 
 
 # ---- processes that take turns ----
 
 
-def work(peer: Callable, arguments: Namespace, images: int, pipe: Connection) -> None:
-    """In the peer's process: make it ready, and answer each message with the images a second of one
-    turn.
-    """
+def work(peer: Peer, pipe: Connection) -> None:
+    """In the peer's process: make it ready, and answer each message with a turn."""
     import xray_tensorflow as xray
 
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
-    xray.hold_to_cores(arguments.threads)
-    try:
-        turn = peer(arguments, images)
-        turn()  # traces, allocates, connects
-    except ImportError as error:
-        pipe.send(str(error))
-        return
-    pipe.send(None)
+    xray.hold_to_cores(peer.arguments.threads)
+    call = peer.prepare(peer.arguments, peer.images)
+    call()  # traces, allocates, connects
+    pipe.send("ready")
     while pipe.recv():
-        start = time.perf_counter()
-        turn()
-        pipe.send(images / (time.perf_counter() - start))
+        start, busy = time.perf_counter(), time.process_time()
+        call()
+        wall, processor = time.perf_counter() - start, time.process_time() - busy
+        pipe.send(Turn(peer.images / wall, 1000 * processor / peer.images))
 
 
 @contextmanager
-def started(
-    peers: list[Callable], arguments: Namespace, images: int
-) -> Iterator[dict[str, Connection]]:
-    """A process for each peer that this machine can run, ready for its turns; those it cannot are
-    said.
-    """
+def started(peers: dict[Any, Peer]) -> Iterator[dict[Any, Connection]]:
+    """A process for each peer, ready for its turns. Raises EOFError for one that fails."""
     context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
     os.environ.pop("TF_ENABLE_ONEDNN_OPTS", None)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
-        for peer in peers:
-            ours, its = context.Pipe()
-            processes.append(
-                context.Process(target=work, args=(peer, arguments, images, its), daemon=True)
-            )
+        for name, peer in peers.items():
+            pipes[name], its = context.Pipe()
+            processes.append(context.Process(target=work, args=(peer, its), daemon=True))
             processes[-1].start()
-            problem = ours.recv()
-            if problem:
-                print(f"{peer.__name__}: not measured: {problem}", flush=True)
-            else:
-                pipes[peer.__name__] = ours
+            its.close()  # so that the end of the process ends the pipe
+            pipes[name].recv()
         yield pipes
     finally:
         for process in processes:
@@ -381,7 +483,7 @@ def started(
 def measure_once(peer: Callable, arguments: Namespace) -> Any:
     """What `peer` gives, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1, hold, (arguments.threads,)) as pool:
-        return pool.apply(peer, (arguments, 0))
+        return pool.apply(peer, (arguments,))
 
 
 def hold(threads: int) -> None:
@@ -390,35 +492,37 @@ def hold(threads: int) -> None:
     xray.hold_to_cores(threads)
 
 
-def measure_in_turns(
-    peers: list[Callable], arguments: Namespace, images: int, rounds: int
-) -> dict[str, list[float]]:
-    """Images a second of each peer in each round."""
-    speeds: dict[str, list[float]] = {}
-    with started(peers, arguments, images) as pipes:
+def take_turns(peers: dict[Any, Peer], rounds: int) -> dict[Any, list[Turn]]:
+    """The turns of each peer, one in each round."""
+    turns: dict[Any, list[Turn]] = {name: [] for name in peers}
+    with started(peers) as pipes:
         for _ in range(rounds):
             for name, pipe in pipes.items():
                 pipe.send(True)
-                speeds.setdefault(name, []).append(pipe.recv())
-            print({name: round(speed[-1], 1) for name, speed in speeds.items()}, flush=True)
-    return speeds
+                turns[name].append(pipe.recv())
+            print({name: round(turn[-1][0], 1) for name, turn in turns.items()}, flush=True)
+    return turns
 
 
-def measure_together(
-    peer: Callable, arguments: Namespace, images: int, rounds: int, count: int
-) -> list[float]:
-    """Images a second of `count` processes of `peer` together, at once, each on a core of its
-    own.
-    """
+def measure_in_turns(peers: dict[Any, Peer], rounds: int) -> dict[Any, list[float]]:
+    """Images a second of each peer in each round."""
+    return {
+        name: [turn.images_per_second for turn in turns]
+        for name, turns in take_turns(peers, rounds).items()
+    }
+
+
+def measure_together(peer: Peer, rounds: int, count: int) -> list[float]:
+    """Images a second of `count` processes of `peer` together, each on a core of its own."""
     cores, speeds = os.sched_getaffinity(0), []
     with ExitStack() as stack:
         pipes: list[Connection] = []
         for core in sorted(cores)[-count:]:
             os.sched_setaffinity(0, {core})  # the process inherits it
-            pipes += stack.enter_context(started([peer], arguments, images)).values()
+            pipes += stack.enter_context(started({core: peer})).values()
         os.sched_setaffinity(0, cores)
         for _ in range(rounds):
             for pipe in pipes:
                 pipe.send(True)
-            speeds.append(sum(pipe.recv() for pipe in pipes))
+            speeds.append(sum(pipe.recv().images_per_second for pipe in pipes))
     return speeds

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import ROOT, run_process
 from PIL import Image
@@ -14,6 +17,7 @@ from static_s3 import static_s3
 import xray_tensorflow as xray
 
 benchmark = pytest.importorskip("benchmark")
+peers = pytest.importorskip("peers")
 
 
 def test_every_group_has_its_table() -> None:
@@ -22,7 +26,43 @@ def test_every_group_has_its_table() -> None:
         between = re.search(f"<!-- {group}: begin -->(.*)<!-- {group}: end -->", text, re.DOTALL)
         assert between, group
         assert "|---" in between[1]
-        assert f"`python tests/benchmark/benchmark.py {group}`" in between[1]
+        assert f"benchmark.py {group}`" in between[1] or "benchmark.py`*" in text
+
+
+def test_all_groups_in_one_go_have_one_line_of_machine_and_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "results.md"
+    page.write_text((ROOT / "docs" / "results.md").read_text())
+    monkeypatch.setattr(benchmark, "RESULTS", page)
+    monkeypatch.setattr(benchmark, "GROUPS", dict.fromkeys(benchmark.GROUPS, lambda: "|a|"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    benchmark.main()
+    assert page.read_text().count("tensorflow 2.") == 1
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "steps"])
+    benchmark.main()
+    assert page.read_text().count("`python tests/benchmark/benchmark.py steps`") == 1
+
+    def fails() -> str:
+        raise SystemExit
+
+    monkeypatch.setattr(benchmark, "GROUPS", dict.fromkeys(benchmark.GROUPS, fails))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert page.read_text().count("Not measured.") == len(benchmark.GROUPS)
+
+
+def test_the_line_about_the_lock_has_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "scaling.md"
+    page.write_text((ROOT / "docs" / "scaling.md").read_text())
+    benchmark.put(page, "lock", benchmark.bound_by_the_lock(10.0, 2.0))
+    assert "In these 20 % Python's lock is held" in page.read_text()
+    assert "from about 5.0 cores" in page.read_text()
+    assert "640 images a second, as many as 6.4 such cores" in page.read_text()
+    assert page.read_text().count("lock: begin") == 1
 
 
 def test_the_made_up_bucket_is_one_for_the_scripts() -> None:
@@ -57,6 +97,90 @@ def test_ratios_are_those_of_medians(ours: list[float], theirs: list[float], sai
     assert benchmark.times(ours, theirs) == said
 
 
+SPEEDS = {
+    "xray_tensorflow.py": [60.0],
+    "stock Keras, default": [30.0],
+    "PyTorch eager": [20.0, 25.0],
+    "PyTorch eager, channels last": [40.0],
+    "PyTorch `torch.compile`, channels last, bfloat16": [50.0, 48.0, 10.0],
+}
+
+
+def test_the_summary_names_the_best_of_each_kind() -> None:
+    said = benchmark.summary(SPEEDS, [60.0], "ours").splitlines()
+    assert said == [
+        "- Best of PyTorch here: PyTorch `torch.compile`, channels last, bfloat16, 48.0 images a "
+        "second. ours is 1.25 times as fast.",
+        "- Best of PyTorch in float32 here: PyTorch eager, channels last, 40.0 images a second. "
+        "ours is 1.50 times as fast.",
+        "- Best of stock Keras here: stock Keras, default, 30.0 images a second. "
+        "ours is 2.00 times as fast.",
+    ]
+
+
+def test_a_trainer_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "version_of", lambda package: "2.13.0")
+    monkeypatch.setattr(benchmark, "CPU_FLAGS", set())
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    lacking = {name: benchmark.what_lacks(name) for name in benchmark.TRAINERS}
+    assert not lacking["PyTorch eager, channels last"]
+    assert lacking["PyTorch `torch.compile`, channels last"] == "no C++ compiler (g++)"
+    assert "instructions" in lacking["PyTorch eager, channels last, bfloat16"]
+    monkeypatch.setattr(benchmark, "version_of", lambda package: "not installed")
+    assert benchmark.what_lacks("PyTorch eager") == "PyTorch is not installed"
+
+
+@pytest.fixture
+def step() -> Any:
+    """The parts of a step whose matrix products, of 10 GFLOP, take 80 of its 100 ms."""
+    parts = {"products": 80.0, "rest": 18.0}
+    rates = {(2048, 2048, 2048): 150.0, (64, 32, 16): 120.0, (16, 32, 64): 90.0}
+    return peers.StepParts(parts, {"products": 10.0}, 100.0, rates)
+
+
+def test_the_profile_adds_up(step: Any) -> None:
+    rows = [line.split(" | ") for line in benchmark.profile_table(step).splitlines()]
+    cells = {row[0].strip("| "): row[1:] for row in rows if len(row) == 4}
+    assert cells["products"][2].strip("| ") == "125"  # GFLOP/s
+    shares = [int(row[1].split()[0]) for name, row in cells.items() if "%" in row[1]]
+    assert sum(shares) == 200  # the parts, and the whole
+    assert "the best of their shapes, 64 x 32 x 16, reaches 120" in benchmark.profile_table(step)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"milliseconds": {"products": 60.0, "rest": 38.0}}, "167 GFLOP/s, more than the 150"),
+        ({"whole": 110.0}, "12 ms off the step's 110"),
+        ({"whole": 80.0}, "-18 ms off the step's 80"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused(step: Any, change: dict, problem: str) -> None:
+    with pytest.raises(SystemExit, match=problem):
+        benchmark.profile_table(step._replace(**change))
+
+
+def test_a_line_and_what_it_says_of_another_run() -> None:
+    exact = {1.0: 5.0, 2.0: 7.0, 4.0: 11.0}
+    assert benchmark.line(exact) == pytest.approx((2, 3))
+    assert "+10.0 %" in benchmark.growth_table("x", "y", {1.0: 5.5}, (2, 3))
+
+    def run(ingest: float, epoch: float) -> dict:
+        history = pd.DataFrame({"seconds": [99.0, epoch]})
+        images = {"train": 700, "validation": 100, "test": 200}
+        return {"images": images, "ingest": {"seconds": ingest}, "history": history}
+
+    per_image = 10.0  # ms, whatever its pixels
+    lines = (0.0, per_image), (8.0, 1.0), (1.0, 0.5)
+    said = benchmark.held_against(run(10, 7), run(10, 6), *lines)
+    assert "| ingest, one core | 9.0 | 10.0 | -10 % |" in said
+    assert "| an epoch, two workers | 6.0 | 6.0 | +0 % |" in said
+    assert "has not" not in said
+    far = benchmark.held_against(run(10, 7), run(10, 9), *lines)
+    assert far.count("has not") == 1
+    assert "(an epoch, two workers)" in far
+
+
 TRAIN = """
 import sys
 sys.path[:0] = sys.argv[1:]
@@ -65,11 +189,14 @@ import benchmark, peers
 arguments = benchmark.arguments_of("--weights", "none", "--image-size", 32, "--batch-size", 8, threads=1)
 for name in ("our_training", "stock_keras"):
     getattr(peers, name)(arguments, 16)()
+step = peers.step_parts(arguments)
+assert all(spent > 0 for spent in step.milliseconds.values()), step
+assert abs(step.gflop["first convolution"] - 4e-9 * 8 * 16 * 16 * 27 * 32) < 1e-9, step
 """
 
 
 @pytest.mark.slow
-def test_an_epoch_of_ours_and_of_a_peer() -> None:
+def test_an_epoch_of_ours_and_of_a_peer_and_the_parts_of_a_step() -> None:
     trained = run_process(
         [sys.executable, "-c", TRAIN, ROOT, ROOT / "tests", ROOT / "tests" / "benchmark"]
     )
