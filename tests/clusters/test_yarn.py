@@ -434,9 +434,9 @@ def test_a_lost_node_manager_costs_time_alone(yarn: Yarn, tmp_path: Path) -> Non
         hadoop.kill_server(node, "nodemanager")
 
     with killing(yarn, (tmp_path / "run" / "history.csv").exists, kill) as killer:
-        finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 200))
+        finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 60))
         assert killer.noticed, "the run was over before YARN noticed"
-    check_whole(tmp_path, finished, epochs=200)
+    check_whole(tmp_path, finished, epochs=60)
 
 
 def test_a_killed_driver_leaves_nothing_on_the_nodes(yarn: Yarn, tmp_path: Path) -> None:
