@@ -442,7 +442,7 @@ def warm_up(context: SparkContext, slots: int) -> None:
             import_tensorflow()
             for name in wanted:
                 importlib.import_module(name)
-            freeze_garbage()
+            gc.freeze()  # kept_model says why
         return [f"{name} on {socket.gethostname()}" for name in absent]
 
     missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
@@ -489,14 +489,17 @@ def ingest_on_executors(
 
     Pixels stay on the executors: the driver sees names and reasons.
     """
-    cache = SparkCache(session, credentials, arguments, table)
-    cached = cache.rows()
-    missing = [(row, key) for row, key in enumerate(table["key"]) if row not in cached]
+    entries = list(zip(table["key"], table["etag"]))
+    row_of: dict[Any, Optional[int]] = {entry: row for row, entry in enumerate(entries)}
+    row_of[None] = None  # S3 itself has failed
+    cache = SparkCache(session, credentials, arguments)
+    cached = row_of.keys() & cache.entries()
+    missing = [entry for entry in entries if entry not in cached]
     print(
         f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch",
         flush=True,
     )
-    skipped: dict[int, str] = {}
+    skipped: dict[Any, str] = {}
     rounds = []
     # Without a cache there is nothing to store between rounds.
     size_of_round = slots * ROUND if cache.folder else max(1, len(missing))
@@ -504,19 +507,18 @@ def ingest_on_executors(
         arrivals = fetch_round(
             session, credentials, arguments, missing[start : start + size_of_round], slots
         )
-        refused = arrivals.flatMap(lambda arrival: arrival[1]).collect()
+        refused = arrivals.flatMap(lambda record: json.loads(record[0])["unreadable"]).collect()
         if cache.folder:
-            cache.store(readable(arrivals))
+            cache.store(arrivals)
             arrivals.unpersist()
         else:
             rounds.append(arrivals)
-        skipped.update(refused)
+        skipped.update({row_of[entry and tuple(entry)]: reason for entry, reason in refused})
         check_arrivals(skipped, table, arguments.max_skipped)
     leave_out(skipped, table, arguments)
-    found = (
-        cache.read() if cache.folder else session.sparkContext.union(list(map(readable, rounds)))
-    )
-    data = deal(found, table["split"], arguments.workers, cache)
+    records = cache.read() if cache.folder else session.sparkContext.union(rounds)
+    read = functools.partial(chunk_of, row_of=row_of, size=arguments.image_size)
+    data = deal(records.map(read), table["split"], arguments.workers, cache)
     for arrivals in rounds:
         arrivals.unpersist()
     return data, skipped, len(cached)
@@ -526,25 +528,23 @@ def fetch_round(
     session: SparkSession,
     credentials: dict[str, str],
     arguments: argparse.Namespace,
-    missing: list,
+    missing: list[tuple[str, str]],
     slots: int,
 ) -> RDD:
-    """What `packed` gives for `missing`, (row, key) each; kept, since it is read more than once."""
+    """Records of the images `missing`, (key, etag) each; kept, since they are read more than
+    once.
+    """
     tasks = session.sparkContext.parallelize(
-        missing, slots * max(1, math.ceil(len(missing) / slots / 1000))
+        [(entry, entry[0]) for entry in missing],
+        slots * max(1, math.ceil(len(missing) / slots / 1000)),
     )
     options = {"credentials": credentials, "bucket": arguments.bucket, "size": arguments.image_size}
     count = images_in_chunk(arguments.image_size)
     return (
         tasks.mapPartitions(functools.partial(fetch_partition, **options))
-        .mapPartitions(functools.partial(packed, count=count))
+        .mapPartitions(functools.partial(recorded, count=count))
         .persist(StorageLevel.MEMORY_AND_DISK)
     )
-
-
-def readable(arrivals: RDD) -> RDD:
-    """Chunks of the images that could be read."""
-    return arrivals.map(lambda arrival: arrival[0]).filter(lambda chunk: chunk is not None)
 
 
 def fetch_partition(
@@ -563,17 +563,28 @@ def images_in_chunk(size: int) -> int:
     return max(1, CHUNK_BYTES // size**2)
 
 
-def packed(items: Iterator[tuple], count: int) -> Iterator[tuple]:
-    """(chunk, [(row, reason)] of the unreadable) of up to `count` items of fetch_partition.
+def recorded(items: Iterator[tuple], count: int) -> Iterator[tuple[str, bytes]]:
+    """Records of up to `count` images each, of what fetch_partition yields by (key, etag).
 
-    A chunk of images is rows of the table (n,) and their pixels uint8 (n, size, size). To move it
-    takes Python and Java little more than its bytes do; images one by one take several times that.
+    A record is the JSON {"images": [[key, etag], ...], "unreadable": [[[key, etag], reason], ...]}
+    and the pixels of the images. To move it takes Python and Java little more than its bytes do;
+    images one by one take several times that.
     """
     while some := list(itertools.islice(items, count)):
-        rows = [row for row, image, _ in some if image is not None]
-        images = [image for _, image, _ in some if image is not None]
-        refused = [(row, reason) for row, image, reason in some if image is None]
-        yield (np.array(rows), np.stack(images)) if rows else None, refused
+        images = [(entry, image) for entry, image, _ in some if image is not None]
+        unreadable = [(entry, reason) for entry, image, reason in some if image is None]
+        head = {"images": [entry for entry, _ in images], "unreadable": unreadable}
+        yield json.dumps(head), b"".join(image.tobytes() for _, image in images)
+
+
+def chunk_of(record: tuple[str, bytes], row_of: dict, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a record that the table has: a chunk, that is rows of the table (n,) and
+    their pixels uint8 (n, size, size).
+    """
+    entries = json.loads(record[0])["images"]
+    rows = np.array([row_of.get(tuple(entry), -1) for entry in entries], int)
+    pixels = np.frombuffer(record[1], np.uint8).reshape(-1, size, size)
+    return rows[rows >= 0], pixels[rows >= 0]
 
 
 def check_arrivals(skipped: dict[Any, str], table: pd.DataFrame, share: float) -> None:
@@ -592,14 +603,13 @@ def leave_out(skipped: dict[int, str], table: pd.DataFrame, arguments: argparse.
         raise UserError(f"{count}: use fewer --workers")
 
 
+SEQUENCE_FILE = "org.apache.hadoop.mapred.SequenceFileOutputFormat"
 RECORD = ("org.apache.hadoop.io.Text", "org.apache.hadoop.io.BytesWritable")
 
 
 class SparkCache:
-    """Decoded pixels as Hadoop's SequenceFiles, in a folder for each store, bucket and image size
-    below --cache. A record is a chunk of images: [[key, etag], ...] as JSON, and their pixels.
-
-    Not Parquet, which takes Spark 6 s for its first file, as much as it decodes 1,500 images in.
+    """Records of decoded images as Hadoop's SequenceFiles, in a folder for each store, bucket and
+    image size below --cache.
 
     `folder` is None where other hosts' executors could not read it. Raises UserError for a --cache
     that cannot be used.
@@ -610,17 +620,13 @@ class SparkCache:
         session: SparkSession,
         credentials: dict[str, str],
         arguments: argparse.Namespace,
-        table: pd.DataFrame,
     ) -> None:
         self._context = session.sparkContext
-        self._size = arguments.image_size
-        self._entries = list(zip(table["key"], table["etag"]))
-        self._rows = {entry: row for row, entry in enumerate(self._entries)}
         self.folder: Optional[str] = None
         uri = arguments.cache
         hadoop = session._jvm.org.apache.hadoop.fs
         store = f"{credentials.get('endpoint_url')} {arguments.bucket}"
-        source = f"{store} {arguments.image_size} {' '.join(RECORD)}"
+        source = f"{store} {arguments.image_size} {SEQUENCE_FILE}"
         try:
             self._files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
             local = self._files.getScheme() == "file" and "file:" not in uri
@@ -639,42 +645,23 @@ class SparkCache:
             raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
         self.folder = self._path.toString()
 
-    def rows(self) -> set[int]:
-        """The rows of the table whose pixels the cache holds."""
+    def entries(self) -> set[tuple[str, str]]:
+        """(key, etag) of the images that the cache holds."""
         if not self.folder or not self._files.listStatus(self._path):
             return set()
-        return set(self.read().flatMap(lambda chunk: chunk[0].tolist()).toLocalIterator())
+        known = self.read().flatMap(lambda record: json.loads(record[0])["images"])
+        return set(map(tuple, known.toLocalIterator()))
 
-    def store(self, fresh: RDD) -> None:
-        """Put chunks of images into the cache."""
-        entries = self._entries
-
-        def record(chunk: tuple) -> tuple[str, bytes]:
-            rows, pixels = chunk
-            return json.dumps([entries[row] for row in rows]), pixels.tobytes()
-
+    def store(self, records: RDD) -> None:
+        """Put records into the cache."""
         # A folder of its own for each round: Spark does not let two runs append to one at a time.
-        fresh.map(record).saveAsHadoopFile(
-            f"{self.folder}/run={time.time_ns()}",
-            "org.apache.hadoop.mapred.SequenceFileOutputFormat",
-            *RECORD,
-        )
+        folder = f"{self.folder}/run={time.time_ns()}"
+        records.saveAsHadoopFile(folder, SEQUENCE_FILE, *RECORD)
 
     def read(self) -> RDD:
-        """Chunks of all rows of the table that the cache holds; a row more than once if two runs
-        stored it.
-        """
-        row_of = self._rows
-        size = self._size
-
-        def chunk(record: tuple[str, bytearray]) -> tuple:
-            rows = np.array([row_of.get(tuple(entry), -1) for entry in json.loads(record[0])])
-            pixels = np.frombuffer(record[1], np.uint8).reshape(-1, size, size)
-            return rows[rows >= 0], pixels[rows >= 0]
-
+        """All records; an image is in more than one if two runs stored it."""
         # A damaged file counts as not there (spark_settings): its images are fetched again.
-        found = self._context.sequenceFile(f"{self.folder}/run=*", *RECORD)
-        return found.map(chunk).filter(lambda chunk: len(chunk[0]))
+        return self._context.sequenceFile(f"{self.folder}/run=*", *RECORD)
 
 
 def joined(chunks: Iterable[tuple]) -> tuple[np.ndarray, np.ndarray]:
@@ -714,18 +701,18 @@ def divided(chunks: Iterator[tuple], split_of: np.ndarray) -> Iterator[tuple]:
             yield split, (rows[part], pixels[part])
 
 
-def deal(pixels: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dict[str, RDD]:
+def deal(chunks: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dict[str, RDD]:
     """Chunks of images of each split by worker, equal in number but for one, in the table's order,
     and kept.
 
     Raises UserError where an image is missing that ingest has counted.
     """
     split_of = splits.to_numpy(str)
-    worker_of = np.full(len(splits), -1)
+    worker_of = np.full(len(splits), -1, np.int32)
     for split in SPLITS:
         rows = np.flatnonzero(split_of == split)
         worker_of[rows] = np.arange(len(rows)) % workers
-    dealt = exchanged(pixels, worker_of, workers)
+    dealt = exchanged(chunks, worker_of, workers)
     kept = dealt.mapPartitions(functools.partial(divided, split_of=split_of)).persist(
         StorageLevel.MEMORY_AND_DISK
     )
@@ -848,7 +835,7 @@ def draw_workers(train: np.ndarray, epoch: int, arguments: argparse.Namespace) -
     numbers but for one.
     """
     order = np.random.default_rng([arguments.seed, epoch]).permutation(np.flatnonzero(train))
-    worker_of = np.full(len(train), -1)
+    worker_of = np.full(len(train), -1, np.int32)
     worker_of[order] = np.arange(len(order)) % arguments.workers
     return worker_of
 
@@ -881,16 +868,10 @@ def kept_model(job: Job) -> Any:
         speed_up(model.get_layer("mobilenet").layers)
         model.optimizer.build(model.trainable_variables)
         kept.model = model
-        freeze_garbage()
+        # PySpark has Python collect garbage after each task: 0.4 s to look through all that
+        # TensorFlow and Keras consist of.
+        gc.freeze()
     return kept.model
-
-
-def freeze_garbage() -> None:
-    """Have Python's garbage collector leave out what is there now: the packages and the model.
-
-    PySpark calls it after each task, and it took 0.4 s to look through them.
-    """
-    gc.freeze()
 
 
 def state_of(model: Any) -> list[Any]:

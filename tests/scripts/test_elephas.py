@@ -595,26 +595,28 @@ def test_an_epoch_s_images_are_its_deal() -> None:
             assert np.array_equal(images, pixels[rows])
 
 
-def test_chunks_of_a_split_are_in_order_and_without_repeats(
+def test_records_become_the_splits_in_order_and_without_repeats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), np.uint8)
-    items = [(row, pixels[row], "") for row in (7, 3, 12, 3, 19, 0, 7)] + [(5, None, "no image")]
+    entries = [(f"images/{row}.png", f'"{row}"') for row in range(20)]
+    items = [(entries[row], pixels[row], "") for row in (7, 3, 12, 3, 19, 0, 7)]
+    items += [(("images/other.png", "x"), pixels[0], ""), (entries[5], None, "no image")]
     monkeypatch.setattr(xray, "CHUNK_BYTES", 2 * 4 * 4)
-    packed = list(xray.packed(iter(items), 3))
-    assert [len(chunk[0]) for chunk, _ in packed] == [3, 3, 1]
-    assert [refused for _, refused in packed] == [[], [], [(5, "no image")]]
+    records = list(xray.recorded(iter(items), 3))
+    heads = [json.loads(head) for head, _ in records]
+    assert [len(head["images"]) for head in heads] == [3, 3, 2]
+    assert [head["unreadable"] for head in heads] == [[], [], [[list(entries[5]), "no image"]]]
+    row_of = {entry: row for row, entry in enumerate(entries)}
+    chunks = [xray.chunk_of(record, row_of, 4) for record in records]
     split_of = np.array(["train"] * 10 + ["test"] * 10)
-    chunks = [
-        (split, rows.tolist(), images)
-        for split, (rows, images) in xray.divided((chunk for chunk, _ in packed), split_of)
-    ]
-    assert [chunk[:2] for chunk in chunks] == [
+    found = list(xray.divided(iter(chunks), split_of))
+    assert [(split, rows.tolist()) for split, (rows, _) in found] == [
         ("train", [0, 3]),
         ("train", [7]),
         ("test", [12, 19]),
     ]
-    assert all(np.array_equal(images, pixels[rows]) for _, rows, images in chunks)
+    assert all(np.array_equal(images, pixels[rows]) for _, (rows, images) in found)
     assert list(xray.divided(iter([]), split_of)) == []
 
 
