@@ -9,7 +9,7 @@
 This one file is all that is submitted. The driver lists the bucket; executors fetch and decode the
 images and keep the pixels, and the driver sees no more of them than 15 probabilities each. Run
 folder, result line and --resume are xray_tensorflow.py's. spark-submit passes on as stdout what the
-script writes to stderr. `--cache` is a folder or a URI (hdfs:, s3a:, file:) for pixels as Parquet.
+script writes to stderr. `--cache` is a folder or a URI (hdfs:, s3a:, file:) for the decoded pixels.
 Without a bucket: `python tests/sample_bucket.py xray_elephas.py`. Where YARN runs the driver too,
 its container and all in it is deleted at the end, and a run that fails is started again, unless
 told:
@@ -67,6 +67,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import importlib.metadata
@@ -91,9 +92,9 @@ import time
 import types
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional
 
@@ -268,6 +269,7 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         "spark.python.worker.reuse": "true",  # a worker process keeps its model
         "spark.executor.memoryOverhead": f"{overhead}m",
         "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch
+        "spark.files.ignoreCorruptFiles": "true",  # of the cache
         # EMR keeps one copy on few nodes: the cache would go with one of them.
         "spark.hadoop.dfs.replication": "2",
         "spark.executorEnv.KERAS_BACKEND": "tensorflow",
@@ -446,6 +448,7 @@ def warm_up(context: SparkContext, slots: int) -> None:
             import_tensorflow()
             for name in wanted:
                 importlib.import_module(name)
+            gc.freeze()  # kept_model says why
         return [f"{name} on {socket.gethostname()}" for name in absent]
 
     missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
@@ -476,8 +479,8 @@ def count_workers(table: pd.DataFrame, batch_size: int, wanted: int) -> int:
 
 # ==== ingest on the executors ====
 
-SCHEMA = "key string, etag string, pixels binary"  # of the cache
 ROUND = 2000  # images that a task slot fetches before they are stored: half a minute's work
+CHUNK_BYTES = 2**24  # pixels that Spark moves as one
 
 
 def ingest_on_executors(
@@ -492,14 +495,17 @@ def ingest_on_executors(
 
     Pixels stay on the executors: the driver sees names and reasons.
     """
-    cache = SparkCache(session, credentials, arguments, table)
-    cached = cache.rows()
-    missing = [(row, key) for row, key in enumerate(table["key"]) if row not in cached]
+    entries = list(zip(table["key"], table["etag"]))
+    row_of: dict[Any, Optional[int]] = {entry: row for row, entry in enumerate(entries)}
+    row_of[None] = None  # S3 itself has failed
+    cache = SparkCache(session, credentials, arguments)
+    cached = row_of.keys() & cache.entries()
+    missing = [entry for entry in entries if entry not in cached]
     print(
         f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch",
         flush=True,
     )
-    skipped: dict[int, str] = {}
+    skipped: dict[Any, str] = {}
     rounds = []
     # Without a cache there is nothing to store between rounds.
     size_of_round = slots * ROUND if cache.folder else max(1, len(missing))
@@ -507,23 +513,18 @@ def ingest_on_executors(
         arrivals = fetch_round(
             session, credentials, arguments, missing[start : start + size_of_round], slots
         )
-        refused = (
-            arrivals.filter(lambda item: item[1] is None)
-            .map(lambda item: (item[0], item[2]))
-            .collect()
-        )
+        refused = arrivals.flatMap(lambda record: json.loads(record[0])["unreadable"]).collect()
         if cache.folder:
-            cache.store(readable(arrivals))
+            cache.store(arrivals)
             arrivals.unpersist()
         else:
             rounds.append(arrivals)
-        skipped.update(refused)
+        skipped.update({row_of[entry and tuple(entry)]: reason for entry, reason in refused})
         check_arrivals(skipped, table, arguments.max_skipped)
     leave_out(skipped, table, arguments)
-    found = (
-        cache.read() if cache.folder else session.sparkContext.union(list(map(readable, rounds)))
-    )
-    data = deal(found, table["split"], arguments.workers, cache)
+    records = cache.read() if cache.folder else session.sparkContext.union(rounds)
+    read = functools.partial(chunk_of, row_of=row_of, size=arguments.image_size)
+    data = deal(records.map(read), table["split"], arguments.workers, cache)
     for arrivals in rounds:
         arrivals.unpersist()
     return data, skipped, len(cached)
@@ -533,24 +534,23 @@ def fetch_round(
     session: SparkSession,
     credentials: dict[str, str],
     arguments: argparse.Namespace,
-    missing: list,
+    missing: list[tuple[str, str]],
     slots: int,
 ) -> RDD:
-    """What fetch_images gives for `missing`, (row, key) each; kept, since it is read more than
+    """Records of the images `missing`, (key, etag) each; kept, since they are read more than
     once.
     """
     tasks = session.sparkContext.parallelize(
-        missing, slots * max(1, math.ceil(len(missing) / slots / 1000))
+        [(entry, entry[0]) for entry in missing],
+        slots * max(1, math.ceil(len(missing) / slots / 1000)),
     )
     options = {"credentials": credentials, "bucket": arguments.bucket, "size": arguments.image_size}
-    return tasks.mapPartitions(functools.partial(fetch_partition, **options)).persist(
-        StorageLevel.MEMORY_AND_DISK
+    count = images_in_chunk(arguments.image_size)
+    return (
+        tasks.mapPartitions(functools.partial(fetch_partition, **options))
+        .mapPartitions(functools.partial(recorded, count=count))
+        .persist(StorageLevel.MEMORY_AND_DISK)
     )
-
-
-def readable(arrivals: RDD) -> RDD:
-    """(row, pixels) of the images that could be read."""
-    return arrivals.filter(lambda item: item[1] is not None).map(lambda item: item[:2])
 
 
 def fetch_partition(
@@ -563,6 +563,34 @@ def fetch_partition(
         yield from fetch_images(s3_client(credentials), bucket, dict(items), size)
     except UserError as error:
         yield None, None, str(error)
+
+
+def images_in_chunk(size: int) -> int:
+    return max(1, CHUNK_BYTES // size**2)
+
+
+def recorded(items: Iterator[tuple], count: int) -> Iterator[tuple[str, bytes]]:
+    """Records of up to `count` images each, of what fetch_partition yields by (key, etag).
+
+    A record is the JSON {"images": [[key, etag], ...], "unreadable": [[[key, etag], reason], ...]}
+    and the pixels of the images. To move it takes Python and Java little more than its bytes do;
+    images one by one take several times that.
+    """
+    while some := list(itertools.islice(items, count)):
+        images = [(entry, image) for entry, image, _ in some if image is not None]
+        unreadable = [(entry, reason) for entry, image, reason in some if image is None]
+        head = {"images": [entry for entry, _ in images], "unreadable": unreadable}
+        yield json.dumps(head), b"".join(image.tobytes() for _, image in images)
+
+
+def chunk_of(record: tuple[str, bytes], row_of: dict, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a record that the table has: a chunk, that is rows of the table (n,) and
+    their pixels uint8 (n, size, size).
+    """
+    entries = json.loads(record[0])["images"]
+    rows = np.array([row_of.get(tuple(entry), -1) for entry in entries], int)
+    pixels = np.frombuffer(record[1], np.uint8).reshape(-1, size, size)
+    return rows[rows >= 0], pixels[rows >= 0]
 
 
 def check_arrivals(skipped: dict[Any, str], table: pd.DataFrame, share: float) -> None:
@@ -581,8 +609,13 @@ def leave_out(skipped: dict[int, str], table: pd.DataFrame, arguments: argparse.
         raise UserError(f"{count}: use fewer --workers")
 
 
+SEQUENCE_FILE = "org.apache.hadoop.mapred.SequenceFileOutputFormat"
+RECORD = ("org.apache.hadoop.io.Text", "org.apache.hadoop.io.BytesWritable")
+
+
 class SparkCache:
-    """Decoded pixels as Parquet, in a folder for each store, bucket and image size below --cache.
+    """Records of decoded images as Hadoop's SequenceFiles, in a folder for each store, bucket and
+    image size below --cache.
 
     `folder` is None where other hosts' executors could not read it. Raises UserError for a --cache
     that cannot be used.
@@ -593,16 +626,13 @@ class SparkCache:
         session: SparkSession,
         credentials: dict[str, str],
         arguments: argparse.Namespace,
-        table: pd.DataFrame,
     ) -> None:
-        self._session = session
-        self._size = arguments.image_size
-        self._entries = list(zip(table["key"], table["etag"]))
-        self._rows = {entry: row for row, entry in enumerate(self._entries)}
+        self._context = session.sparkContext
         self.folder: Optional[str] = None
         uri = arguments.cache
         hadoop = session._jvm.org.apache.hadoop.fs
-        source = f"{credentials.get('endpoint_url')} {arguments.bucket} {arguments.image_size}"
+        store = f"{credentials.get('endpoint_url')} {arguments.bucket}"
+        source = f"{store} {arguments.image_size} {SEQUENCE_FILE}"
         try:
             self._files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
             local = self._files.getScheme() == "file" and "file:" not in uri
@@ -621,59 +651,79 @@ class SparkCache:
             raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
         self.folder = self._path.toString()
 
-    def rows(self) -> set[int]:
-        """The rows of the table whose pixels the cache holds."""
+    def entries(self) -> set[tuple[str, str]]:
+        """(key, etag) of the images that the cache holds."""
         if not self.folder or not self._files.listStatus(self._path):
-            return set()  # it is new: Spark would take seconds to say so
-        known = self._read().select("key", "etag").toLocalIterator()
-        return {self._rows[tuple(entry)] for entry in known if tuple(entry) in self._rows}
+            return set()
+        known = self.read().flatMap(lambda record: json.loads(record[0])["images"])
+        return set(map(tuple, known.toLocalIterator()))
 
-    def store(self, fresh: RDD) -> None:
-        """Put (row, pixels) into the cache."""
-        entries = self._entries
-        lines = fresh.map(lambda item: (*entries[item[0]], item[1].tobytes()))
+    def store(self, records: RDD) -> None:
+        """Put records into the cache."""
         # A folder of its own for each round: Spark does not let two runs append to one at a time.
-        frame = self._session.createDataFrame(lines, SCHEMA, verifySchema=False)
-        frame.write.parquet(f"{self.folder}/run={time.time_ns()}")
+        folder = f"{self.folder}/run={time.time_ns()}"
+        records.saveAsHadoopFile(folder, SEQUENCE_FILE, *RECORD)
 
     def read(self) -> RDD:
-        """(row, pixels) of all rows of the table that the cache holds; a row more than once if two
-        runs stored it.
-        """
-        rows = self._rows
-        size = self._size
-        found = self._read().rdd.filter(lambda entry: entry[:2] in rows)
-        return found.map(
-            lambda entry: (rows[entry[:2]], np.frombuffer(entry[2], np.uint8).reshape(size, size))
-        )
-
-    def _read(self) -> Any:
-        # A damaged file counts as not there: its images are fetched again.
-        return (
-            self._session.read.option("ignoreCorruptFiles", "true")
-            .schema(SCHEMA)
-            .parquet(self.folder)
-        )
+        """All records; an image is in more than one if two runs stored it."""
+        # A damaged file counts as not there (spark_settings): its images are fetched again.
+        return self._context.sequenceFile(f"{self.folder}/run=*", *RECORD)
 
 
-def deal(pixels: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dict[str, RDD]:
-    """(row, pixels) of each split by worker, equal in number but for one, in the table's order, and
-    kept.
+def joined(chunks: Iterable[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """The images of one or more chunks as one."""
+    rows, pixels = zip(*chunks)
+    return np.concatenate(rows), np.concatenate(pixels)
+
+
+def sent(chunks: Iterator[tuple], worker_of: np.ndarray, workers: int) -> Iterator[tuple]:
+    """(worker, chunk) of the images in `chunks`, by `worker_of` each row of the table; -1: none."""
+    for rows, pixels in chunks:
+        for worker in range(workers):
+            chosen = worker_of[rows] == worker
+            if chosen.any():
+                yield worker, (rows[chosen], pixels[chosen])
+
+
+def exchanged(chunks: RDD, worker_of: np.ndarray, workers: int) -> RDD:
+    """Chunks of images by worker, `worker_of` each row of the table; -1: none."""
+    how = functools.partial(sent, worker_of=worker_of, workers=workers)
+    return chunks.mapPartitions(how).partitionBy(workers, int).values()
+
+
+def divided(chunks: Iterator[tuple], split_of: np.ndarray) -> Iterator[tuple]:
+    """(split, chunk) of the images in `chunks`, in the table's order, by the split of each row."""
+    came = list(chunks)
+    if not came:
+        return
+    rows, pixels = joined(came)
+    # Two runs at a time may have put an image into the cache twice.
+    _, once = np.unique(rows, return_index=True)
+    for split in SPLITS:
+        chosen = once[split_of[rows[once]] == split]
+        count = images_in_chunk(pixels.shape[1])
+        for start in range(0, len(chosen), count):
+            part = chosen[start : start + count]
+            yield split, (rows[part], pixels[part])
+
+
+def deal(chunks: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dict[str, RDD]:
+    """Chunks of images of each split by worker, equal in number but for one, in the table's order,
+    and kept.
 
     Raises UserError where an image is missing that ingest has counted.
     """
-    worker_of = {}
+    split_of = splits.to_numpy(str)
+    worker_of = np.full(len(splits), -1, np.int32)
     for split in SPLITS:
-        for position, row in enumerate(np.flatnonzero(splits == split).tolist()):
-            worker_of[row] = position % workers
-    dealt = pixels.filter(lambda item: item[0] in worker_of).partitionBy(
-        workers, lambda row: worker_of[row]
-    )
-    # By way of a dict: two runs at a time may have put an image into the cache twice.
-    kept = dealt.mapPartitions(lambda items: sorted(dict(items).items())).persist(
+        rows = np.flatnonzero(split_of == split)
+        worker_of[rows] = np.arange(len(rows)) % workers
+    dealt = exchanged(chunks, worker_of, workers)
+    kept = dealt.mapPartitions(functools.partial(divided, split_of=split_of)).persist(
         StorageLevel.MEMORY_AND_DISK
     )
-    lost = len(worker_of) - kept.count()
+    images = np.count_nonzero(worker_of >= 0)
+    lost = images - kept.map(lambda item: len(item[1][0])).sum()
     if lost:
         cause = (
             f"files in the cache {cache.folder} are damaged"
@@ -681,14 +731,11 @@ def deal(pixels: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dic
             else "S3 failed while they came again"
         )
         raise UserError(
-            f"{lost} of {len(worker_of)} images were lost in ingest: {cause}: "
-            "delete them and run again"
+            f"{lost} of {images} images were lost in ingest: {cause}: delete them and run again"
         )
-    by_split = {}
-    for split in SPLITS:
-        rows = frozenset(np.flatnonzero(splits == split).tolist())
-        by_split[split] = kept.filter(lambda item, rows=rows: item[0] in rows)
-    return by_split
+    return {
+        split: kept.filter(lambda item, split=split: item[0] == split).values() for split in SPLITS
+    }
 
 
 # ==== training with Elephas ====
@@ -711,7 +758,7 @@ class SparkTrainer:
         self.model = model
         self._context = context
         self._data = data
-        self._train_rows = np.flatnonzero(table["split"] == "train")
+        self._train = (table["split"] == "train").to_numpy()
         self._arguments = arguments
         # Elephas averages or serves the model; synchronous, Adam's state with it: it lets Adam
         # start anew in each epoch, and a state that stayed in a worker would be lost with it, and
@@ -720,6 +767,9 @@ class SparkTrainer:
         labels = context.broadcast(table[LABELS].to_numpy(np.float32))
         self._job = Job(model.to_json(), task_cores(context), labels, arguments)
         self._elephas: Any = None
+        self._parameters: Optional[Broadcast] = None
+        self._dealt: Optional[tuple[RDD, AsyncResult]] = None
+        self._background = ThreadPool(1)
 
     def fit_epoch(self, epoch: int) -> float:
         """The mean of what the workers make of the weights and of Adam's state in an epoch; its
@@ -727,8 +777,14 @@ class SparkTrainer:
         """
         if self._elephas is None:
             self._elephas = averaged_model(self.model, self._job)
+        # Validation after the epoch before has left them on the executors.
+        parameters = self._parameters or self._send()
         with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
-            self._elephas.fit(self._draw(epoch), epoch=epoch)
+            self._elephas.fit(self._images(epoch), epoch=epoch, parameters=parameters)
+        if epoch < self._arguments.epochs:
+            # While the driver gets ready for validation, computes its AUROC and keeps a checkpoint.
+            images = self._draw(epoch + 1)
+            self._dealt = images, self._background.apply_async(images.count)
         histories = self._elephas.training_histories[-self._arguments.workers :]
         return np.mean([history["loss"][0] for history in histories])
 
@@ -745,26 +801,50 @@ class SparkTrainer:
 
     def predict(self, split: str) -> np.ndarray:
         """Probabilities (n, 15) of the images of a split, in the order of the table."""
-        weights = self._context.broadcast([variable.numpy() for variable in self.model.weights])
-        job = self._job
+        job, parameters = self._job, self._send()
         scored = (
             self._data[split]
-            .mapPartitions(lambda items: predict_partition(items, job, weights))
+            .mapPartitions(lambda items: predict_partition(items, job, parameters))
             .collect()
         )
-        weights.destroy()
         probabilities = dict(scored)
         return np.stack([probabilities[row] for row in sorted(probabilities)])
+
+    def _send(self) -> Broadcast:
+        """The model's weights and Adam's state, for the executors, in place of those sent before.
+
+        What was sent before would stay in the driver's temporary folder, 39 MB each.
+        """
+        if self._parameters:
+            self._parameters.destroy()
+        self._parameters = self._context.broadcast(values_of(state_of(self.model)))
+        return self._parameters
+
+    def _images(self, epoch: int) -> RDD:
+        """The training images as they are dealt in an epoch."""
+        if self._dealt is None:
+            return self._draw(epoch)
+        (images, dealing), self._dealt = self._dealt, None
+        dealing.get()  # Spark keeps what it has moved, as long as `images` is the same object
+        return images
 
     def _draw(self, epoch: int) -> RDD:
         """The training images, dealt to the workers anew.
 
         Workers that see the same images in each epoch agree later, and on less.
         """
-        order = np.random.default_rng([self._arguments.seed, epoch]).permutation(self._train_rows)
-        workers = self._arguments.workers
-        worker_of = {row: position % workers for position, row in enumerate(order.tolist())}
-        return self._data["train"].partitionBy(workers, lambda row: worker_of[row])
+        worker_of = draw_workers(self._train, epoch, self._arguments)
+        return exchanged(self._data["train"], worker_of, self._arguments.workers)
+
+
+def draw_workers(train: np.ndarray, epoch: int, arguments: argparse.Namespace) -> np.ndarray:
+    """The worker (n,) of each row of the table in an epoch, -1 where `train` (n,) is false: equal
+    numbers but for one.
+    """
+    order = np.random.default_rng([arguments.seed, epoch]).permutation(np.flatnonzero(train))
+    worker_of = np.full(len(train), -1, np.int32)
+    worker_of[order] = np.arange(len(order)) % arguments.workers
+    return worker_of
 
 
 class Job(NamedTuple):
@@ -795,6 +875,9 @@ def kept_model(job: Job) -> Any:
         speed_up(model.get_layer("mobilenet").layers)
         model.optimizer.build(model.trainable_variables)
         kept.model = model
+        # PySpark has Python collect garbage after each task: 0.4 s to look through all that
+        # TensorFlow and Keras consist of.
+        gc.freeze()
     return kept.model
 
 
@@ -820,9 +903,7 @@ class Share:
     """A worker's share of the training images, in its memory."""
 
     def __init__(self, items: Iterator[tuple], job: Job) -> None:
-        dealt = sorted(items)
-        self._rows = np.array([row for row, _ in dealt])
-        self._pixels = np.stack([image for _, image in dealt])
+        self._rows, self._pixels = joined(items)
         self._labels = job.labels.value
         self._arguments = job.arguments
 
@@ -834,7 +915,8 @@ class Share:
             [self._arguments.seed, epoch, TaskContext.get().partitionId()]
         )
         model.get_layer("dropout").seed_generator.state.assign(random.integers(2**31, size=2))
-        order = random.permutation(len(self._rows))
+        # Of the rows in the table's order: chunks come in any.
+        order = np.argsort(self._rows)[random.permutation(len(self._rows))]
         flips = draw_flips(self._arguments, epoch, len(self._labels))
         data = batches(
             self._pixels,
@@ -846,17 +928,17 @@ class Share:
         return model.fit(data, epochs=1, shuffle=False, verbose=0).history
 
 
-def predict_partition(items: Iterator[tuple], job: Job, weights: Broadcast) -> Iterator[tuple]:
+def predict_partition(items: Iterator[tuple], job: Job, parameters: Broadcast) -> Iterator[tuple]:
     """(row, probabilities) of a worker's images."""
-    found = list(items)
-    if not found:
+    chunks = list(items)
+    if not chunks:
         return iter(())
+    rows, pixels = joined(chunks)
     model = kept_model(job)
-    assign(model.weights, weights.value)
-    pixels = np.stack([image for _, image in found])
-    no_labels = np.zeros((len(found), len(LABELS)), np.float32)
-    data = batches(pixels, no_labels, np.arange(len(found)), job.arguments.batch_size)
-    return zip((row for row, _ in found), model.predict(data, verbose=0))
+    assign(state_of(model), parameters.value)
+    no_labels = np.zeros((len(rows), len(LABELS)), np.float32)
+    data = batches(pixels, no_labels, np.arange(len(rows)), job.arguments.batch_size)
+    return zip(rows.tolist(), model.predict(data, verbose=0))
 
 
 def averaged_model(model: Any, job: Job) -> Any:
@@ -879,18 +961,11 @@ def averaged_model(model: Any, job: Job) -> Any:
             yield [subtract_params(self.parameters.value, values_of(state_of(self.model))), history]
 
     class AveragedModel(SparkModel):
-        def _fit(self, rdd: RDD, epoch: int) -> None:
-            values = values_of(state_of(model))
-            parameters = rdd.context.broadcast(values)
-            try:
-                outcomes = rdd.mapPartitions(KeptWorker(parameters, epoch).train).collect()
-            finally:
-                # Else its file stays in the driver's temporary folder, 39 MB an epoch.
-                parameters.destroy()
+        def _fit(self, rdd: RDD, epoch: int, parameters: Broadcast) -> None:
+            outcomes = rdd.mapPartitions(KeptWorker(parameters, epoch).train).collect()
             self.training_histories.extend(history for _, history in outcomes)
-            assign(
-                state_of(model), average_and_subtract(values, [change for change, _ in outcomes])
-            )
+            changes = [change for change, _ in outcomes]
+            assign(state_of(model), average_and_subtract(values_of(state_of(model)), changes))
 
     return AveragedModel(model)
 

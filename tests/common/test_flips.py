@@ -130,7 +130,7 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(
             xray_elephas, "TaskContext", SimpleNamespace(get=lambda task=task: task)
         )
-        xray_elephas.Share(iter([(row, pixels[row]) for row in rows]), job).fit(model, 2)
+        xray_elephas.Share(iter([(rows, pixels[rows])]), job).fit(model, 2)
     assert sorted(seen) == list(range(30))
 
 

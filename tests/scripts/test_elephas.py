@@ -655,6 +655,55 @@ def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "out of reach" in problem
 
 
+def test_an_epoch_s_images_are_its_deal() -> None:
+    """Each training image comes to one worker, whichever executors had it, and in each epoch to
+    another.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 4, 4), np.uint8)
+    train = np.arange(100) % 3 > 0
+    arguments = xray.elephas_parser().parse_args(["--seed", "7"])
+    arguments.workers = 4
+    deals = [xray.draw_workers(train, epoch, arguments) for epoch in (1, 2, 1)]
+    assert np.array_equal(deals[0], deals[2])
+    assert not np.array_equal(deals[0], deals[1])
+    for worker_of in deals[:2]:
+        assert np.array_equal(worker_of >= 0, train)
+        assert sorted(np.bincount(worker_of[train])) == [16, 16, 17, 17]
+        came: dict[int, list] = {}
+        for rows in np.array_split(np.random.default_rng(1).permutation(100), 7):
+            for worker, chunk in xray.sent(iter([(rows, pixels[rows])]), worker_of, 4):
+                came.setdefault(worker, []).append(chunk)
+        for worker, chunks in came.items():
+            rows, images = xray.joined(chunks)
+            assert sorted(rows) == np.flatnonzero(worker_of == worker).tolist()
+            assert np.array_equal(images, pixels[rows])
+
+
+def test_records_become_the_splits_in_order_and_without_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), np.uint8)
+    entries = [(f"images/{row}.png", f'"{row}"') for row in range(20)]
+    items = [(entries[row], pixels[row], "") for row in (7, 3, 12, 3, 19, 0, 7)]
+    items += [(("images/other.png", "x"), pixels[0], ""), (entries[5], None, "no image")]
+    monkeypatch.setattr(xray, "CHUNK_BYTES", 2 * 4 * 4)
+    records = list(xray.recorded(iter(items), 3))
+    heads = [json.loads(head) for head, _ in records]
+    assert [len(head["images"]) for head in heads] == [3, 3, 2]
+    assert [head["unreadable"] for head in heads] == [[], [], [[list(entries[5]), "no image"]]]
+    row_of = {entry: row for row, entry in enumerate(entries)}
+    chunks = [xray.chunk_of(record, row_of, 4) for record in records]
+    split_of = np.array(["train"] * 10 + ["test"] * 10)
+    found = list(xray.divided(iter(chunks), split_of))
+    assert [(split, rows.tolist()) for split, (rows, _) in found] == [
+        ("train", [0, 3]),
+        ("train", [7]),
+        ("test", [12, 19]),
+    ]
+    assert all(np.array_equal(images, pixels[rows]) for _, (rows, images) in found)
+    assert list(xray.divided(iter([]), split_of)) == []
+
+
 @pytest.mark.parametrize(
     ("images", "batch", "wanted", "count"),
     [(272, 8, 2, 2), (33, 32, 1, 1), (65, 32, 2, 1), (66, 32, 2, 2), (100, 32, 8, 3)],
