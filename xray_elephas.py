@@ -125,6 +125,7 @@ SYNCHRONOUS = "synchronous"
 MODES = [SYNCHRONOUS, "asynchronous", "hogwild"]
 REPEATED = "a task of an asynchronous mode began again"
 DIVERGED = "the loss is not a number"
+LOST = "images were lost as Spark made an executor's share anew"
 
 
 def main() -> None:
@@ -343,6 +344,8 @@ def spark_error(error: Exception, mode: str) -> Exception:
         return UserError(
             "the cache lost pixels with a node of HDFS: run again with another --cache"
         )
+    if LOST in text:
+        return lost_images()
     if DIVERGED in text:
         return UserError(f"{DIVERGED}: use a smaller --learning-rate")
     if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
@@ -351,6 +354,11 @@ def spark_error(error: Exception, mode: str) -> Exception:
             fix += f", and go on with --resume and this run's --output, or use --mode {SYNCHRONOUS}"
         return UserError(f"an executor was lost, and its work with it: {fix}")
     return error
+
+
+def lost_images() -> "UserError":
+    fix = "run again with --resume and this run's --output; if that fails too, delete the --cache"
+    return UserError(f"{LOST}, from the cache or from S3: {fix}")
 
 
 def first_line(error: Exception) -> str:
@@ -656,7 +664,7 @@ class SparkCache:
         if not self.folder or not self._files.listStatus(self._path):
             return set()
         known = self.read().flatMap(lambda record: json.loads(record[0])["images"])
-        return set(map(tuple, known.toLocalIterator()))
+        return set(map(tuple, known.collect()))
 
     def store(self, records: RDD) -> None:
         """Put records into the cache."""
@@ -759,13 +767,15 @@ class SparkTrainer:
         self._context = context
         self._data = data
         self._train = (table["split"] == "train").to_numpy()
+        self._counts = table["split"].value_counts()
         self._arguments = arguments
         # Elephas averages or serves the model; synchronous, Adam's state with it: it lets Adam
         # start anew in each epoch, and a state that stayed in a worker would be lost with it, and
         # to --resume.
         model.optimizer.build(model.trainable_variables)
         labels = context.broadcast(table[LABELS].to_numpy(np.float32))
-        self._job = Job(model.to_json(), task_cores(context), labels, arguments)
+        images = np.count_nonzero(self._train)
+        self._job = Job(model.to_json(), task_cores(context), labels, images, arguments)
         self._elephas: Any = None
         self._parameters: Optional[Broadcast] = None
         self._dealt: Optional[tuple[RDD, AsyncResult]] = None
@@ -808,6 +818,8 @@ class SparkTrainer:
             .collect()
         )
         probabilities = dict(scored)
+        if len(probabilities) != self._counts[split]:
+            raise lost_images()
         return np.stack([probabilities[row] for row in sorted(probabilities)])
 
     def _send(self) -> Broadcast:
@@ -853,6 +865,7 @@ class Job(NamedTuple):
     model_json: str
     cores: int
     labels: Broadcast  # float32 (n, 15), of all rows of the table
+    images: int  # to train on, of all workers
     arguments: argparse.Namespace
 
 
@@ -900,10 +913,18 @@ def all_finite(arrays: list[np.ndarray]) -> bool:
 
 
 class Share:
-    """A worker's share of the training images, in its memory."""
+    """A worker's share of the training images, in its memory.
+
+    Raises RuntimeError where it is not as large as the deal: what Spark makes anew after a loss
+    comes from the cache or from S3 once more, which may fail then.
+    """
 
     def __init__(self, items: Iterator[tuple], job: Job) -> None:
-        self._rows, self._pixels = joined(items)
+        chunks = list(items)
+        dealt = range(TaskContext.get().partitionId(), job.images, job.arguments.workers)
+        if sum(len(rows) for rows, _ in chunks) != len(dealt):
+            raise RuntimeError(LOST)
+        self._rows, self._pixels = joined(chunks)
         self._labels = job.labels.value
         self._arguments = job.arguments
 

@@ -259,6 +259,23 @@ def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
 
 
 @pytest.mark.slow
+def test_images_that_cannot_be_made_anew_are_one_line(shared: list, tmp_path: Path) -> None:
+    """The cache is damaged in the first epoch, and then an executor is lost with what it held."""
+    cache, history = tmp_path / "cache", tmp_path / "run" / "history.csv"
+    kill = kill_executors(tmp_path, [history])
+
+    def damage_and_kill() -> bool:
+        for part in cache.rglob("part-*") if history.exists() else ():
+            part.with_name(f".{part.name}.crc").unlink(missing_ok=True)
+            os.truncate(part, 100)
+        return kill()
+
+    words = [*shared, "--cache", cache, "--epochs", 30]
+    finished = submit(tmp_path, *words, stop=(damage_and_kill, signal.SIGTERM))
+    assert "images were lost as Spark made an executor's share anew" in error_line(finished)
+
+
+@pytest.mark.slow
 def test_executors_killed_or_slow_and_a_resumed_run_change_nothing(
     unbroken: tuple, shared: list, tmp_path: Path
 ) -> None:
