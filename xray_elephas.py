@@ -638,6 +638,10 @@ class SparkCache:
         self._context = session.sparkContext
         self.folder: Optional[str] = None
         uri = arguments.cache
+        if set(uri) & set("*?[]{},\\"):
+            raise UserError(
+                f"--cache {uri} has a character that Hadoop reads as a pattern: rename it"
+            )
         hadoop = session._jvm.org.apache.hadoop.fs
         store = f"{credentials.get('endpoint_url')} {arguments.bucket}"
         source = f"{store} {arguments.image_size} {SEQUENCE_FILE}"

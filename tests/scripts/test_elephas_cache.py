@@ -65,7 +65,9 @@ def test_a_damaged_file_is_fetched_again(credentials: Path, tmp_path: Path) -> N
     assert again["auroc"] == whole["auroc"]
 
 
-@pytest.mark.parametrize("cache", ["hdfs:cache", "", "nonsense://host/cache", "s3a://bucket/cache"])
+@pytest.mark.parametrize(
+    "cache", ["hdfs:cache", "", "nonsense://host/cache", "s3a://bucket/cache", "one,two", "c[1]"]
+)
 def test_a_cache_that_cannot_be_used_is_one_line(
     credentials: Path, tmp_path: Path, cache: str
 ) -> None:
