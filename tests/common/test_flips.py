@@ -112,7 +112,8 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     labels[:, 0] = range(30)  # so that an image of a batch tells its row
     flips = draws(2, count=30)
     arguments = parse("--flip", "--batch-size", 4)
-    job = SimpleNamespace(labels=SimpleNamespace(value=labels), arguments=arguments)
+    arguments.workers = 3
+    job = SimpleNamespace(labels=SimpleNamespace(value=labels), images=30, arguments=arguments)
     seen: list[int] = []
 
     def fit(data: Any, **how: Any) -> Any:
