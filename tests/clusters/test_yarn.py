@@ -483,8 +483,10 @@ def executor_of_a_stranger(yarn: Yarn, port: int) -> str:
     not have YARN's secret.
     """
     (*_, node) = yarn.cluster.nodes
+    java = "SPARK_EXECUTOR_OPTS=--add-opens=java.base/sun.nio.ch=ALL-UNNAMED"
     spark_class = hadoop.spark_home() / "bin" / "spark-class"
-    backend = [spark_class, "org.apache.spark.executor.CoarseGrainedExecutorBackend"]
+    name = "org.apache.spark.executor.CoarseGrainedExecutorBackend"
+    backend = ["env", java, spark_class, name]
     options = as_options(
         driver_url=f"spark://CoarseGrainedScheduler@{hadoop.MASTER}:{port}",
         executor_id=99,

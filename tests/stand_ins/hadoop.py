@@ -287,6 +287,9 @@ def hadoop_settings(
         "yarn.scheduler.maximum-allocation-mb": memory,
         "yarn.scheduler.maximum-allocation-vcores": 128,
         "yarn.nodemanager.pmem-check-enabled": "true",
+        # The limit is the NodeManager's to enforce. By default Hadoop 3.4 leaves it to cgroups, also
+        # where it uses none (ContainersMonitorImpl.checkLimit).
+        "yarn.nodemanager.resource.memory.enforced": "false",
         "yarn.nodemanager.vmem-check-enabled": "false",
         "yarn.nodemanager.aux-services": "spark_shuffle",
         "yarn.nodemanager.aux-services.spark_shuffle.class": "org.apache.spark.network.yarn.YarnShuffleService",
