@@ -362,9 +362,9 @@ def lost_images() -> "UserError":
 
 
 def first_line(error: Exception) -> str:
-    """What Java says, or PySpark for it, without the stack."""
+    """What Java says, or PySpark for it, without the stack and the exceptions' classes."""
     text = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else error
-    return str(text).split("\n")[0]
+    return re.sub(r"^([\w.$]+(Exception|Error): )+", "", str(text).split("\n")[0])
 
 
 def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
