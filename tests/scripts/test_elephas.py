@@ -615,7 +615,8 @@ def without_java(folder: Path) -> str:
     """A PATH with the programs that Spark's start needs and no java."""
     programs = folder / "programs"
     programs.mkdir()
-    for name in "bash sh env dirname basename ps cat rm chmod tr grep uname ls".split():
+    tools = ["basename", "cat", "chmod", "dirname", "grep", "ls", "ps", "rm", "tr", "uname"]
+    for name in ("bash", "env", "sh", *tools):
         if shutil.which(name):
             (programs / name).symlink_to(shutil.which(name))
     return str(programs)
