@@ -758,16 +758,14 @@ def profile_table(step: peers.StepParts) -> str:
         ("the whole step, without the profiler", f"{whole:.0f}", "100 %", ""),
     ]
     gflop, speed = sum(step.gflop.values()), 32 / whole * 1000
-    bounds = [(peak, "the best"), (large, "the large one")]
+    own = step.rates[shape]
+    bound, large_bound = 32 * own / gflop, 32 * large / gflop
     text = (
         f"The step's matrix products are {gflop:.1f} GFLOP. Alone, the best of their shapes, "
-        f"{' x '.join(map(str, shape))}, reaches {step.rates[shape]:.0f} GFLOP/s in float32 on this core, and a "
-        f"large product, 2048 x 2048 x 2048, {large:.0f}. "
-        + " ".join(
-            f"At the rate of {which} no step could be faster than {32 * rate / gflop:.0f} images a second; "
-            f"this one runs at {speed:.0f}, {100 * speed * gflop / 32 / rate:.0f} % of that."
-            for rate, which in bounds
-        )
+        f"{' x '.join(map(str, shape))}, reaches {own:.0f} GFLOP/s in float32 on this core, at which no "
+        f"step could be faster than {bound:.0f} images a second; this one runs at {speed:.0f}, "
+        f"{share(speed, bound)} of that. A large product, 2048 x 2048 x 2048, reaches {large:.0f} "
+        f"GFLOP/s: {large_bound:.0f} images a second, {share(speed, large_bound)}."
     )
     head = "part of a step of 32 images, 128 pixels, one thread | ms | share | GFLOP/s"
     return f"{table(head, rows)}\n\n{text}"

@@ -120,7 +120,7 @@ def submit(cluster: Cluster, folder: Path, *options: Any) -> Any:
 
 def test_synchronous(cluster: Cluster, tmp_path: Path) -> None:
     result, shown = submit(cluster, tmp_path)
-    assert result["target"]["executors"] == result["target"]["partitions"] == 2
+    assert result["target"]["executors"] == result["target"]["workers"] == 2
     assert result["target"]["master"] == cluster.master
     assert "no cache: --cache cache is on this host only" in shown
     assert not (tmp_path / "cache").exists()
