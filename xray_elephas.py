@@ -738,13 +738,11 @@ def deal(chunks: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dic
     lost = images - kept.map(lambda item: len(item[1][0])).sum()
     if lost:
         cause = (
-            f"files in the cache {cache.folder} are damaged"
+            f"files in the cache {cache.folder} are damaged: delete them and run again"
             if cache.folder
-            else "S3 failed while they came again"
+            else "S3 failed while they came again: run again"
         )
-        raise UserError(
-            f"{lost} of {images} images were lost in ingest: {cause}: delete them and run again"
-        )
+        raise UserError(f"{lost} of {images} images were lost in ingest: {cause}")
     return {
         split: kept.filter(lambda item, split=split: item[0] == split).values() for split in SPLITS
     }
@@ -756,7 +754,7 @@ def deal(chunks: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dic
 class SparkTrainer:
     """Trains `model`, which is the driver's, on the workers' images by Elephas, and predicts there.
 
-    `data` has (row, pixels) of each split by worker.
+    `data` has chunks of images, rows (n,) and pixels (n, size, size), of each split by worker.
     """
 
     def __init__(
@@ -791,10 +789,12 @@ class SparkTrainer:
         """
         if self._elephas is None:
             self._elephas = averaged_model(self.model, self._job)
-        # Validation after the epoch before has left them on the executors.
+        # Validation after the epoch before has sent them.
         parameters = self._parameters or self._send()
         with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
             self._elephas.fit(self._images(epoch), epoch=epoch, parameters=parameters)
+        parameters.destroy()  # it is not the model any more
+        self._parameters = None
         if epoch < self._arguments.epochs:
             # While the driver gets ready for validation, computes its AUROC and keeps a checkpoint.
             images = self._draw(epoch + 1)

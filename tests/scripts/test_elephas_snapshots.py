@@ -110,33 +110,32 @@ def test_a_snapshot_of_each_epoch_that_all_workers_have_finished(server: Server)
     assert before < between < first.end < second.end < after
 
 
-def test_no_worker_waits_for_a_driver_that_takes_no_snapshot(
-    keras: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A snapshot is larger than what a pipe holds; at the end the driver gets all of them."""
-    large = keras.Sequential([keras.Input((300,)), keras.layers.Dense(1000)])
-    server = Server(large, "asynchronous", monkeypatch)
+@pytest.fixture
+def large(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server at work, of a model whose snapshot is larger than what a pipe holds."""
+    model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(1000)])
+    server = Server(model, "asynchronous", monkeypatch)
     server.server.start()
+    return server
+
+
+def test_no_worker_waits_for_a_driver_that_takes_no_snapshot(large: Server) -> None:
+    """At the end the driver gets all snapshots."""
     for epoch in range(1, 6):
         for worker in (0, 1):
-            server.send(worker, epoch, 0.5, statistic=0)
-    stopping = threading.Thread(target=server.server.stop)
+            large.send(worker, epoch, 0.5, statistic=0)
+    stopping = threading.Thread(target=large.server.stop)
     stopping.start()
-    assert [snapshot.epoch for snapshot in server.server.snapshots()] == [1, 2, 3, 4, 5]
+    assert [snapshot.epoch for snapshot in large.server.snapshots()] == [1, 2, 3, 4, 5]
     stopping.join()
 
 
-def test_a_driver_that_gives_up_does_not_wait_for_its_server(
-    keras: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    large = keras.Sequential([keras.Input((300,)), keras.layers.Dense(1000)])
-    server = Server(large, "asynchronous", monkeypatch)
-    server.server.start()
+def test_a_driver_that_gives_up_does_not_wait_for_its_server(large: Server) -> None:
     for epoch in (1, 2):
         for worker in (0, 1):
-            server.send(worker, epoch, 0.5, statistic=0)
-    server.server.receiver.close()
-    server.server.stop()  # it would hang
+            large.send(worker, epoch, 0.5, statistic=0)
+    large.server.receiver.close()
+    large.server.stop()  # it would hang
 
 
 # ---- the run folder ----
