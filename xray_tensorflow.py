@@ -729,7 +729,12 @@ def speed_up(layers: list[Any]) -> None:
         conv = norm.input._keras_history.operation  # the layer whose output it gets
         if isinstance(conv, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)):
             check_convolution(conv, norm)
-            conv.call = functools.partial(fast_convolution, conv, norm)
+            padding = conv.padding.upper()
+            before = conv.input._keras_history.operation
+            if is_same_padding(before, conv):  # done by the convolution, it saves 2 % of a step
+                before.call = lambda x: x
+                padding = "SAME"
+            conv.call = functools.partial(fast_convolution, conv, norm, padding)
             norm.call = functools.partial(fast_batch_normalization, norm)
 
 
@@ -752,9 +757,26 @@ def check_convolution(conv: Any, norm: Any) -> None:
             raise ValueError(f"layer {conv.name} has {what}, which speed_up cannot compute")
 
 
-def fast_convolution(conv: Any, norm: Any, x: Any) -> Any:
-    """The convolution `conv` of x (n, h, w, c); where its batch normalisation `norm` is frozen,
-    that too.
+def is_same_padding(layer: Any, conv: Any) -> bool:
+    """Whether `layer`, which stands before `conv`, pads as TensorFlow's SAME does by itself.
+
+    With an even side and strides of 2 that is a row below and a column to the right:
+    https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
+    """
+    import keras
+
+    return (
+        isinstance(layer, keras.layers.ZeroPadding2D)
+        and layer.padding == ((0, 1), (0, 1))
+        and len(layer._outbound_nodes) == 1
+        and (conv.padding, *conv.kernel_size, *conv.strides) == ("valid", 3, 3, 2, 2)
+        and all(side and side % 2 == 0 for side in layer.input.shape[1:3])
+    )
+
+
+def fast_convolution(conv: Any, norm: Any, padding: str, x: Any) -> Any:
+    """The convolution `conv` of x (n, h, w, c) with `padding`; where its batch normalisation `norm`
+    is frozen, that too.
 
     A frozen one only scales and shifts each channel: the kernel does that without a pass over the
     pixels (54 to 63 images/s). A 1x1 convolution is a matrix product, and faster where TensorFlow
@@ -773,7 +795,7 @@ def fast_convolution(conv: Any, norm: Any, x: Any) -> Any:
         x = tf.tensordot(x, kernel[0, 0], 1)
     else:
         convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
-        x = convolve(x, kernel, [1, *conv.strides, 1], conv.padding.upper())
+        x = convolve(x, kernel, [1, *conv.strides, 1], padding)
     if norm.trainable:
         return x
     return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)

@@ -157,7 +157,7 @@ def compare_trainers(arguments: argparse.Namespace, rounds: int) -> dict[str, li
     """Images a second of each trainer that this machine can run."""
     able = {name: trainer for name, trainer in TRAINERS.items() if not what_lacks(name)}
     return peers.measure_in_turns(
-        {name: peers.Peer(trainer, arguments, 128) for name, trainer in able.items()}, rounds
+        {name: peers.Peer(trainer, arguments, 512) for name, trainer in able.items()}, rounds
     )
 
 

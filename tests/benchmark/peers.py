@@ -333,7 +333,6 @@ PARTS = {
     "Adam": "^adam/",
     "batch normalisation": "_bn_",
     "ReLU6": "_relu_",
-    "padding before strided convolutions": "conv_pad_",
     "depthwise convolutions": "conv_dw_",
     "1x1 convolutions (matrix products)": "conv_pw_",
     "first convolution": "conv1_",

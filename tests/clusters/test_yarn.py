@@ -439,6 +439,25 @@ def test_a_lost_node_manager_costs_time_alone(yarn: Yarn, tmp_path: Path) -> Non
     check_whole(tmp_path, finished, epochs=60)
 
 
+@pytest.mark.parametrize("mode", ["asynchronous", "hogwild"])
+def test_a_node_lost_ends_a_run_that_adds_changes_up(yarn: Yarn, tmp_path: Path, mode: str) -> None:
+    """A repeated task would add its changes twice. The run can be resumed from its kept epochs."""
+    history = tmp_path / "run" / "history.csv"
+    with killing(yarn, history.exists):  # after the first epoch
+        options = [*options_of(tmp_path, 200), "--mode", mode]
+        finished = spark_submit(yarn, tmp_path, SMALL, options)
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    problem = finished.stdout.splitlines()[-1]
+    assert problem.startswith("xray_elephas.py: error: an executor was lost")
+    assert "--resume" in problem
+    assert "Traceback" not in finished.stdout
+    epochs = len(history.read_text().splitlines())  # one more than are kept
+    options = [*options_of(tmp_path, epochs), "--mode", mode, "--resume"]
+    finished = spark_submit(yarn, tmp_path, SMALL, options)
+    assert f"continuing after epoch {epochs - 1}\n" in finished.stdout
+    check_whole(tmp_path, finished, epochs)
+
+
 def test_a_killed_driver_leaves_nothing_on_the_nodes(yarn: Yarn, tmp_path: Path) -> None:
     before = newest().get("id")
 

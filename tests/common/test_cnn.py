@@ -117,19 +117,23 @@ def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.nda
         assert np.abs(new - old).max() > 0
 
 
+# With 40 pixels the sides before strided convolutions are 40, 20, 10 and 5.
+@pytest.mark.parametrize(("size", "padded"), [(32, 0), (40, 1)])
 def test_what_is_computed_is_what_keras_computes(
-    keras: Any, truth: np.ndarray, tmp_path: Path
+    keras: Any, truth: np.ndarray, tmp_path: Path, size: int, padded: int
 ) -> None:
     """Outputs, gradients and statistics in training are those of the plain model that model.keras
-    holds.
+    holds. A layer pads where TensorFlow's own padding would differ alone.
     """
     import tensorflow as tf
 
-    fast = xray.build_cnn(options(), truth)
+    fast = xray.build_cnn(options("--image-size", size), truth)
+    pads = [layer for layer in layers(fast) if isinstance(layer, keras.layers.ZeroPadding2D)]
+    assert sum("call" not in vars(layer) for layer in pads) == padded
     keras.Model(fast.input, fast.output).save(tmp_path / "model.keras")
     plain = keras.models.load_model(tmp_path / "model.keras")
     random = np.random.default_rng(0)
-    pixels, target = random.integers(0, 256, (8, 32, 32, 1), np.uint8), truth[:8]
+    pixels, target = random.integers(0, 256, (8, size, size, 1), np.uint8), truth[:8]
     assert fast.predict(pixels, verbose=0) == pytest.approx(
         plain.predict(pixels, verbose=0), abs=1e-5
     )
