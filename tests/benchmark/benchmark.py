@@ -419,10 +419,10 @@ def peak_memory(pid: int) -> int:
 
 def scripts() -> str:
     """The sequential script against Elephas with two workers of one core each: ingest, epochs,
-    memory.
+    memory; and these workers against two processes without Spark.
     """
     runs, small = {}, {}
-    with served(made_up_bucket(4000)) as (folder, credentials):
+    with served(made_up_bucket(6000)) as (folder, credentials):
         for script in ("xray_tensorflow.py", "xray_elephas.py"):
             options = [
                 "--credentials",
@@ -466,12 +466,12 @@ def scripts() -> str:
             *(f"{run['peak_memory_mb']['driver']:,}" for run in pair.values()),
             f"{java:,}",
         )
-        for count, pair in ((500, small), (4000, runs))
+        for count, pair in ((500, small), (6000, runs))
         for java in [pair["xray_elephas.py"]["jvm_mb"]]
     ]
     training = one["images"]["train"]
     head = (
-        f"4,000 images of 1024 pixels, {training:,} to train on | xray_tensorflow.py, one core | "
+        f"6,000 images of 1024 pixels, {training:,} to train on | xray_tensorflow.py, one core | "
         "xray_elephas.py, two workers"
     )
     tall = (
@@ -481,11 +481,36 @@ def scripts() -> str:
     return "\n\n".join(
         [
             table(head + " | ratio", rows),
+            against_two_processes(),
             table(threads, trainers),
             summary(speeds, [speed_of(two)], "xray_elephas.py with two workers"),
             table(tall, memory),
         ]
     )
+
+
+def against_two_processes() -> str:
+    """Two workers of Elephas, all of an epoch counted, against two processes that share nothing and
+    only train.
+    """
+    rows = []
+    for images in (3000, 12_000):
+        arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=1)
+        alone = peers.Peer(peers.our_training, arguments, round(0.35 * images))
+        with served(made_up_bucket(images, arguments.image_size)) as (folder, credentials):
+            options = ["--credentials", credentials, "--epochs", 4, "--cache", folder / "cache"]
+            two = peers.measure_together(alone, 2, count=2)
+            run = run_whole("xray_elephas.py", options, folder / "run")
+            two += peers.measure_together(alone, 2, count=2)
+        epochs = run["history"]["images_per_second"][1:].tolist()
+        rows.append(
+            (f"{run['images']['train']:,}", figures(two), figures(epochs), times(epochs, two))
+        )
+    head = (
+        "images to train on | two processes without Spark, images a second | "
+        "xray_elephas.py, two workers, epochs after the first | ratio"
+    )
+    return table(head, rows)
 
 
 def speed_of(run: dict) -> float:
