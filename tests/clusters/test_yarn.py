@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -165,10 +166,11 @@ def files_with_secrets(cluster: hadoop.Cluster) -> list[Path]:
     on the nodes.
     """
     found = []
-    for path in cluster.folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it has gone meanwhile
-            if path.is_file() and secrets_in(path.read_bytes()):
-                found.append(path)
+    for folder, _, names in os.walk(cluster.folder):  # which passes over folders that go meanwhile
+        for path in (Path(folder, name) for name in names):
+            with contextlib.suppress(OSError):  # it has gone meanwhile
+                if path.is_file() and secrets_in(path.read_bytes()):
+                    found.append(path)
     return found
 
 
