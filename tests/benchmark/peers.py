@@ -330,7 +330,7 @@ def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], 
 
 # By the name of the operation, which has the layer's; the first that fits.
 PARTS = {
-    "Adam": "^adam/",
+    "Adam": r"^adam(_\d+)?/",
     "batch normalisation": "_bn_",
     "ReLU6": "_relu_",
     "depthwise convolutions": "conv_dw_",
