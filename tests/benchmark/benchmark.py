@@ -156,6 +156,7 @@ def what_lacks(name: str) -> str:
 def compare_trainers(arguments: argparse.Namespace, rounds: int) -> dict[str, list[float]]:
     """Images a second of each trainer that this machine can run."""
     able = {name: trainer for name, trainer in TRAINERS.items() if not what_lacks(name)}
+    # Turns so long that all have warmed up again: in turns of 128 images PyTorch was a sixth slower.
     return peers.measure_in_turns(
         {name: peers.Peer(trainer, arguments, 512) for name, trainer in able.items()}, rounds
     )
@@ -493,9 +494,8 @@ def against_two_processes() -> str:
     """Two workers of Elephas, all of an epoch counted, against two processes that share nothing and
     only train.
     """
-    rows = []
+    arguments, rows = arguments_of("--weights", "none", "--epochs", 1000, threads=1), []
     for images in (3000, 12_000):
-        arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=1)
         alone = peers.Peer(peers.our_training, arguments, round(0.35 * images))
         with served(made_up_bucket(images, arguments.image_size)) as (folder, credentials):
             options = ["--credentials", credentials, "--epochs", 4, "--cache", folder / "cache"]
