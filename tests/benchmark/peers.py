@@ -198,16 +198,15 @@ def our_cached_start(arguments: Namespace, images: int) -> Callable[[], Any]:
 def read_pixels(arguments: Namespace, images: int) -> None:
     import xray_tensorflow as xray
 
-    client = xray.connect(xray.read_credentials(arguments.credentials), arguments.bucket)
-    xray.ingest(client, arguments, bucket_table(arguments)[:images].reset_index(drop=True))
+    credentials = xray.read_credentials(arguments.credentials)
+    xray.ingest(credentials, arguments, bucket_table(arguments)[:images].reset_index(drop=True))
 
 
 def bucket_table(arguments: Namespace) -> Any:
     import xray_tensorflow as xray
 
-    return xray.select_images(
-        xray.connect(xray.read_credentials(arguments.credentials), arguments.bucket), arguments
-    )
+    credentials = xray.read_credentials(arguments.credentials)
+    return xray.select_images(xray.connect(credentials, arguments), arguments)
 
 
 def bare_decoding(arguments: Namespace, images: int) -> Callable[[], Any]:
@@ -227,7 +226,7 @@ def bare_fetching(arguments: Namespace, images: int) -> Callable[[], Any]:
     """The GETs alone, by as many threads as ingest has."""
     import xray_tensorflow as xray
 
-    client = xray.connect(xray.read_credentials(arguments.credentials), arguments.bucket)
+    client = xray.connect(xray.read_credentials(arguments.credentials), arguments)
     keys = list(bucket_table(arguments)["key"][:images])
 
     def fetch_all() -> None:

@@ -111,11 +111,17 @@ def test_a_prefix_is_taken_once(ceph: Path, runs_bucket: Any) -> None:
     """Ceph's own conditional PUT."""
     keys = xray.read_credentials(str(ceph))
     one, other = (xray.S3Copy(keys, "s3://runs/once") for _ in range(2))
-    one.take(resume=False)
+    for copy in (one, other):
+        assert copy.look() == (False, b"")
+    one.claim('{"id": 1}')
     with pytest.raises(xray.UserError, match="another run has taken s3://runs/once"):
-        other.take(resume=False)
-    one.give_back()
-    other.take(resume=False)
+        other.claim('{"id": 2}')
+    resumed = [xray.S3Copy(keys, "s3://runs/once") for _ in range(2)]
+    for copy in resumed:
+        assert copy.look() == (True, b'{"id": 1}')
+    resumed[0].claim('{"id": 3}')
+    with pytest.raises(xray.UserError, match="another run has taken s3://runs/once"):
+        resumed[1].claim('{"id": 4}')
 
 
 def test_a_key_that_may_not_write_is_one_line_at_the_start(

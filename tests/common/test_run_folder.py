@@ -4,13 +4,15 @@ keeps.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
@@ -25,11 +27,12 @@ import xray_tensorflow as xray
 TABLE = pd.DataFrame(
     {"image": ["a.png"], "etag": ["1"], "split": ["train"], **dict.fromkeys(xray.LABELS, 0.0)}
 )
+USED = TABLE.assign(reason="")
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the runs of a test begin in."""
+    """The folder that the runs of a test start in."""
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -37,35 +40,29 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run_folder(*options: Any) -> xray.RunFolder:
-    return xray.RunFolder(parse(*options), {})
+def new_run(*options: Any) -> xray.Run:
+    return xray.Run(parse(*options), {})
 
 
-def in_threads(call: Callable[[], None], count: int) -> None:
-    """Call it in `count` threads at once. Raises what the first of them that failed has raised."""
-    barrier = threading.Barrier(count)
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        barrier.wait()
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+@contextlib.contextmanager
+def opened(
+    *options: Any, model: Any = None, target: dict[str, Any] | None = None
+) -> Iterator[xray.Run]:
+    """A run that has begun to train. At the end its folder is free, as if its process had ended."""
+    run = new_run(*options)
+    run.check(TABLE, target or {})
+    try:
+        run.open(USED, model)
+        yield run
+    finally:
+        if run._lock:
+            run._lock.close()
 
 
-def begin(run: xray.RunFolder) -> None:
-    """Let a run begin to train."""
-    run.check_resumed(TABLE, target={})
-    run.begin(TABLE, {})
+def begin(*options: Any, **more: Any) -> None:
+    """Begin to train, and end."""
+    with opened(*options, **more):
+        pass
 
 
 # ---- who has it ----
@@ -77,89 +74,71 @@ def test_runs_that_begin_in_the_same_second_have_different_folders(
     monkeypatch.setattr(
         xray.time, "strftime", lambda form, _: form.replace("%Y%m%dT%H%M%SZ", "20261122T120000Z")
     )
-    taken: list[Path] = []
-    held = threading.Barrier(12)
-
-    def take() -> None:
-        with run_folder() as run:
-            taken.append(run.path)
-            held.wait(20)
-
-    in_threads(take, 12)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda _: begin(), range(12)))
     first = Path("runs/xray_tensorflow-20261122T120000Z")
-    assert set(taken) == {first, *(Path(f"{first}-{number}") for number in range(2, 13))}
+    wanted = {first, *(Path(f"{first}-{number}") for number in range(2, 13))}
+    assert set(Path("runs").iterdir()) == wanted
 
 
-def test_one_output_has_one_run() -> None:
-    with run_folder("--output", "mine") as run:
-        for _ in range(2):
-            with pytest.raises(
-                xray.UserError, match="another run is at work in .*mine: use another --output"
-            ):
-                run_folder("--output", "mine").__enter__()
-        assert (run.path / ".lock").exists()
-    with run_folder("--output", "mine"):
-        pass
+def test_of_runs_that_begin_at_once_one_has_the_folder() -> None:
+    runs = [new_run("--output", "a/b/mine") for _ in range(6)]
+
+    def ending(run: xray.Run) -> str:
+        run.check(TABLE, {})
+        try:
+            run.open(USED, None)
+        except xray.UserError as error:
+            return str(error)
+        return "opened"
+
+    with ThreadPoolExecutor(6) as pool:
+        endings = sorted(pool.map(ending, runs))
+    for run in runs:
+        run._lock.close()
+    assert endings.pop() == "opened"
+    for text in endings:
+        assert re.search(r"another run is at work in .*a/b/mine: use another --output", text)
 
 
-def test_two_runs_never_hold_one_folder_however_short_they_are() -> None:
-    at_work: list[int] = []
-    most: list[int] = []
-
-    def come_and_go() -> None:
-        for _ in range(100):
-            try:
-                with run_folder("--output", "runs/mine"):
-                    at_work.append(1)
-                    most.append(len(at_work))
-                    at_work.pop()
-            except xray.UserError as error:
-                assert "another run is at work" in str(error)  # noqa: PT017
-
-    in_threads(come_and_go, 6)
-    assert most
-    assert max(most) == 1
-    assert not [path for path in Path("runs").rglob("*") if path.is_file()]
-
-
-def test_runs_that_fail_do_not_take_the_folder_of_those_that_begin(home: Path) -> None:
-    def come_and_go() -> None:
-        for _ in range(60):
-            with run_folder():
-                pass
-
-    in_threads(come_and_go, 6)
-    # The folder runs/ itself may stay, where another run was just coming.
-    assert list(home.glob("runs/*")) == []
+def test_a_run_that_ended_meanwhile_keeps_its_folder() -> None:
+    second = new_run("--output", "mine")
+    begin("--output", "mine")
+    config = Path("mine/config.json").read_bytes()
+    second.check(TABLE, {})
+    with pytest.raises(xray.UserError, match="mine is not empty"):
+        second.open(USED, None)
+    second._lock.close()
+    assert Path("mine/config.json").read_bytes() == config
 
 
 HOLD = """
 import sys, time
-sys.path.insert(0, sys.argv.pop(1))
-import xray_tensorflow as xray
+sys.path[:0] = sys.argv.pop(1).split(":")
+from test_run_folder import opened
 sys.argv[0] = "xray_tensorflow.py"
-with xray.RunFolder(xray.common_parser("").parse_args(), {}) as run:
+with opened(*sys.argv[1:]):
     print("taken", flush=True)
     time.sleep(60)
 """
 
 
-def test_the_folder_of_a_killed_run_can_be_taken_again() -> None:
-    command = [sys.executable, "-c", HOLD, str(ROOT), "--output", "mine"]
+def test_the_folder_of_a_killed_run_can_be_resumed() -> None:
+    tests = ROOT / "tests"
+    path = f"{tests / 'common'}:{tests}:{ROOT}"
+    command = [sys.executable, "-c", HOLD, path, "--output", "mine"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout and holder.stdout.readline() == "taken\n"
+        assert holder.stdout
+        assert holder.stdout.readline() == "taken\n"
         with pytest.raises(xray.UserError, match="another run is at work"):
-            run_folder("--output", "mine").__enter__()
+            begin("--output", "mine", "--resume")
         holder.send_signal(signal.SIGKILL)
-    assert Path("mine/.lock").exists()
-    with run_folder("--output", "mine"):
-        pass
+    begin("--output", "mine", "--resume")
 
 
 def test_an_output_that_is_a_link_to_nothing_yet(home: Path) -> None:
     Path("link").symlink_to(home / "target")
-    with run_folder("--output", "link") as run:
-        begin(run)
+    begin("--output", "link")
     assert (home / "target" / "config.json").exists()
 
 
@@ -179,42 +158,52 @@ def test_a_loop_of_a_shell_that_starts_three_runs(credentials: Path, home: Path)
     assert all((run / "metrics.json").exists() for run in runs)
 
 
-# ---- what a run that fails leaves ----
+# ---- what is there before and after ----
 
 
 @pytest.mark.parametrize("output", [None, "new", "a/b/new"])
-def test_a_run_that_fails_before_it_trains_leaves_no_folder(home: Path, output: str | None) -> None:
-    with pytest.raises(ZeroDivisionError), run_folder(*["--output", output] * bool(output)) as run:
-        assert run.path.is_dir()
-        _ = 1 / 0
+def test_a_run_that_has_not_begun_to_train_leaves_nothing(home: Path, output: str | None) -> None:
+    run = new_run(*["--output", output] * bool(output))
+    run.check(TABLE, {})
     assert list(home.iterdir()) == []
 
 
-def test_a_folder_of_the_users_stays(home: Path) -> None:
-    (home / "mine").mkdir()
-    with pytest.raises(ZeroDivisionError), run_folder("--output", "mine"):
-        _ = 1 / 0
-    assert list((home / "mine").iterdir()) == []
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_cannot_be_a_folder_is_known_at_the_start(output: str) -> None:
+    Path("file").touch()
+    with pytest.raises(NotADirectoryError):
+        new_run("--output", output)
 
 
-def test_a_run_that_has_begun_stays_and_only_resume_takes_it() -> None:
-    with pytest.raises(ZeroDivisionError), run_folder("--output", "mine") as run:
-        begin(run)
-        _ = 1 / 0
-    assert {path.name for path in Path("mine").iterdir()} == {"config.json", "skipped.csv"}
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("absent")])
+def test_runs_that_is_no_folder(make: Callable[[Path], None]) -> None:
+    make(Path("runs"))
+    with pytest.raises((NotADirectoryError, FileExistsError)):
+        begin()
+
+
+def test_a_run_that_has_begun_is_only_resumed() -> None:
+    begin("--output", "mine")
+    assert {path.name for path in Path("mine").glob("[!.]*")} == {"config.json", "skipped.csv"}
     with pytest.raises(
         xray.UserError, match="mine is not empty: use another --output, or --resume"
     ):
-        run_folder("--output", "mine").__enter__()
-    with run_folder("--output", "mine", "--resume") as run:
-        begin(run)
+        new_run("--output", "mine")
+    begin("--output", "mine", "--resume")
+
+
+def test_skipped_images_are_listed() -> None:
+    run = new_run("--output", "mine")
+    run.check(TABLE, {})
+    run.open(USED.assign(split="skipped", reason="not an image"), None)
+    run._lock.close()
+    assert Path("mine/skipped.csv").read_text() == "image,reason\na.png,not an image\n"
 
 
 def test_resume_without_a_run() -> None:
-    with pytest.raises(xray.UserError, match="--resume needs --output"):
-        run_folder("--resume").__enter__()
-    with pytest.raises(xray.UserError, match="has no run that has begun to train"):
-        run_folder("--resume", "--output", "absent").__enter__()
+    for options in (["--resume"], ["--resume", "--output", "absent"]):
+        with pytest.raises(xray.UserError, match="no run to resume in '.*': name its folder with"):
+            new_run(*options)
     assert not Path("absent").exists()
 
 
@@ -265,17 +254,12 @@ class Trainer:
         return None
 
 
-def train(model: Any, patch: pytest.MonkeyPatch, aurocs: list[float], *options: Any) -> float:
-    """Train to the end of `aurocs`; the weight that is evaluated, which is the number of its
-    epoch.
-    """
-    with run_folder("--output", "mine", "--epochs", len(aurocs), *options) as run:
-        run.check_resumed(TABLE, target={})
-        history = run.restore(model)
-        run.begin(TABLE, {})
-        history = xray.train_epochs(Trainer(model, aurocs, patch), run, history, TABLE, len(aurocs))
-        run.load_best(model, history)
-    return model.get_weights()[0].item()
+def train(model: Any, patch: pytest.MonkeyPatch, aurocs: list[float], *options: Any) -> xray.Run:
+    """A run trained to the end of `aurocs`, with the weight of its best epoch."""
+    with opened("--output", "mine", "--epochs", len(aurocs), *options, model=model) as run:
+        xray.train_epochs(Trainer(model, aurocs, patch), run)
+        run.load_best()
+        return run
 
 
 def checkpoints() -> set[str]:
@@ -288,7 +272,8 @@ def test_the_weights_of_the_best_epoch_are_kept_across_resumes(
     aurocs = [0.5, 0.8, 0.6, 0.7, 0.9, 0.9, math.nan]
     for epochs, best in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5), (7, 5)]:
         resume = ["--resume"] * (epochs > 1)
-        assert train(model, monkeypatch, aurocs[:epochs], *resume) == best
+        train(model, monkeypatch, aurocs[:epochs], *resume)
+        assert model.get_weights()[0].item() == best
         assert checkpoints() == {f"checkpoint-{best}", f"checkpoint-{epochs}"}
 
 
@@ -297,14 +282,37 @@ def test_a_resume_goes_on_from_the_last_epoch_not_from_the_best(
 ) -> None:
     train(model, monkeypatch, [0.9, 0.5])
     model.set_weights([np.zeros((1, 1))])
-    with run_folder("--output", "mine", "--epochs", 3, "--resume") as run:
-        run.check_resumed(TABLE, target={})
-        assert len(run.restore(model)) == 2
-        assert model.get_weights()[0].item() == 2
+    with opened("--output", "mine", "--epochs", 3, "--resume", model=model) as run:
+        assert len(run.history) == 2
+    assert model.get_weights()[0].item() == 2
+
+
+def test_each_process_of_a_run_traces_an_epoch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """images_per_second counts only the epochs that traced nothing, over any number of resumes."""
+    for epochs in (2, 4, 6):
+        resume = ["--resume"] * (epochs > 2)
+        run = train(model, monkeypatch, [0.5] * epochs, *resume)
+    assert list(run.history["traced"]) == [True, False] * 3
+    run.history["seconds"] = [100.0, 1.0, 100.0, 1.0, 100.0, 2.0]
+    labels = dict.fromkeys([*xray.LABELS, "mean"], 0.5)
+    report = pd.DataFrame(dict.fromkeys(["AUROC", "low", "high", "threshold"], labels))
+    run._seconds["ingest"] = 1.0
+    assert run._result(report, {}, 0)["train"]["images_per_second"] == pytest.approx(3 / 4)
+
+
+def test_files_of_the_users_stay(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(model, monkeypatch, [0.5, 0.9])
+    mine = [Path("mine", name) for name in ("checkpoint-notes.txt", "my-checkpoint-1.weights.h5")]
+    for path in mine:
+        path.write_text("mine")
+    Path("mine/checkpoint-old").mkdir()
+    train(model, monkeypatch, [0.5, 0.9, 0.8], "--resume")
+    assert all(path.read_text() == "mine" for path in mine)
+    assert Path("mine/checkpoint-old").is_dir()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -398,39 +406,31 @@ def test_resume_on_a_machine_that_computes_otherwise(
     home: Path, name: str, had: Any, wanted: Any
 ) -> None:
     target = {"precision": "float32", "replicas": 1}
-    with run_folder("--output", "mine") as run:
-        run.check_resumed(TABLE, target={**target, name: had})
-        run.begin(TABLE, {})
+    begin("--output", "mine", target={**target, name: had})
     before = contents(home / "mine")
-    with (
-        run_folder("--output", "mine", "--resume") as run,
-        pytest.raises(xray.UserError, match=f"had --{name} {had}, not {wanted}"),
-    ):
-        run.check_resumed(TABLE, target={**target, name: wanted})
-    assert {path.name for path in Path("mine").iterdir()} == before.keys()
-    with run_folder("--output", "mine", "--resume") as run:
-        run.check_resumed(TABLE, target={**target, name: had})
+    run = new_run("--output", "mine", "--resume")
+    with pytest.raises(xray.UserError, match=f"had {name} {had}, not {wanted}"):
+        run.check(TABLE, {**target, name: wanted})
+    assert contents(home / "mine") == before
+    run.check(TABLE, {**target, name: had})
 
 
 def test_resume_with_and_without_flip() -> None:
-    with run_folder("--output", "mine") as run:
-        begin(run)
-    with (
-        run_folder("--output", "mine", "--resume", "--flip") as run,
-        pytest.raises(xray.UserError, match="--flip False"),
-    ):
-        begin(run)
+    begin("--output", "mine")
+    with pytest.raises(xray.UserError, match="had --flip False, not True"):
+        begin("--output", "mine", "--resume", "--flip")
+
+
+def test_images_with_and_without_a_slash_are_the_same_option() -> None:
+    begin("--output", "mine", "--images", "images")
+    begin("--output", "mine", "--images", "images/", "--resume")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"arguments": 1, "script": 1, "data": 1}', "null"]
+    "text", ["[]", "{}", '{"arguments": 1, "script": 1, "data": 1}', "null", "what"]
 )
 def test_a_config_that_is_damaged(text: str) -> None:
-    with run_folder("--output", "mine") as run:
-        begin(run)
+    begin("--output", "mine")
     Path("mine/config.json").write_text(text)
-    with (
-        run_folder("--output", "mine", "--resume") as run,
-        pytest.raises(xray.UserError, match="config.json in mine is"),
-    ):
-        begin(run)
+    with pytest.raises(xray.UserError, match="config.json of the run in mine is damaged"):
+        begin("--output", "mine", "--resume")

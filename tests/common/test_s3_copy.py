@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+import pandas as pd
 import pytest
 import yaml
 from fault_proxy import Proxy, fault_proxy
@@ -21,6 +22,10 @@ import xray_tensorflow as xray
 
 BUCKET = "my-xray-runs"
 NAMES = itertools.count(1)
+LABELS = dict.fromkeys(xray.LABELS, 0.0)
+TABLE = pd.DataFrame(
+    {"image": ["a.png"], "etag": ["1"], "split": ["train"], "reason": [""], **LABELS}
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,48 +117,54 @@ def test_no_location(text: str) -> None:
 # ---- a copy that nothing disturbs ----
 
 
-def test_the_copy_follows_the_folder(place: Place) -> None:
+CONFIGS = (f'{{"id": {number}}}' for number in itertools.count(1))
+
+
+def claimed(place: Place) -> xray.S3Copy:
+    """A copy that has its prefix, with the config.json that claims it also in the folder."""
     copy = place.copy()
-    copy.take(resume=False)
-    assert set(place.stored()) == {".taken"}
-    place.write("skipped.csv", "config.json")
+    copy.look()
+    config = next(CONFIGS)
+    copy.claim(config)
+    xray.write(place.folder / "config.json", config)
+    return copy
+
+
+def test_the_copy_follows_the_folder(place: Place) -> None:
+    copy = claimed(place)
+    place.write("skipped.csv")
     copy.update(place.folder)
-    assert place.stored() == place.local()  # and no .taken
+    assert place.stored() == place.local()
     for number, dropped in [(1, []), (2, [1]), (3, []), (4, [3])]:
         epoch(place, number, *dropped)
         copy.update(place.folder)
         assert place.stored() == place.local()
     place.write("metrics.json", "model.keras", "report.png", "predictions.csv")
-    (place.folder / ".partial-report.png").write_text("half")
-    (place.folder / ".lock").touch()
+    whole = place.local()
+    place.write("notes.txt", "checkpoint-1.txt", ".partial-report.png", ".lock")
+    (place.folder / "checkpoint-old").mkdir()
     copy.finish(place.folder)
-    assert place.stored() == place.local()
-    assert len(place.stored()) == 9
+    assert place.stored() == whole
+    assert len(whole) == 9
 
 
 def test_what_a_file_names_is_there_before_it(place: Place) -> None:
-    copy = place.copy()
-    copy.take(resume=False)
-    assert place.changed() == ["DELETE .partial", "PUT .taken"]
-    place.write("config.json", "skipped.csv")
+    copy = claimed(place)
+    assert place.changed()[-1] == "PUT config.json"
+    place.write("skipped.csv")
     copy.update(place.folder)
-    assert place.changed() == ["PUT skipped.csv", "PUT config.json", "DELETE .taken"]
     epoch(place, 1)
     copy.update(place.folder)
     epoch(place, 2, 1)
     copy.update(place.folder)
-    assert place.changed() == [
-        "PUT checkpoint-1.weights.h5", "PUT history.csv",
-        "PUT checkpoint-2.weights.h5", "PUT history.csv", "DELETE checkpoint-1.weights.h5",
-    ]  # fmt: skip
+    changes = place.changed()
+    order = ["PUT checkpoint-1.weights.h5", "PUT history.csv", "PUT checkpoint-2.weights.h5"]
+    places = [changes.index(change) for change in order]
+    assert places == sorted(places)
+    assert changes.index("DELETE checkpoint-1.weights.h5") > places[-1]
     place.write("metrics.json", "model.keras", "report.png", "predictions.csv")
     copy.finish(place.folder)
-    assert place.changed() == [
-        "PUT model.keras",
-        "PUT predictions.csv",
-        "PUT report.png",
-        "PUT metrics.json",
-    ]
+    assert place.changed()[-1] == "PUT metrics.json"
     copy.finish(place.folder)
     assert place.changed() == []  # what has not changed is not sent again
 
@@ -161,17 +172,19 @@ def test_what_a_file_names_is_there_before_it(place: Place) -> None:
 def test_a_resumed_run_has_what_it_needs_and_drops_what_it_must(
     place: Place, tmp_path: Path
 ) -> None:
-    copy = place.copy()
-    copy.take(resume=False)
-    place.write("config.json", "skipped.csv", "report.png")
+    copy = claimed(place)
+    place.write("skipped.csv", "report.png")
     epoch(place, 1)
     copy.update(place.folder)
     other = Place(place.proxy, place.keys, place.output, tmp_path / "other", place.s3)
     other.folder.mkdir()
-    resumed = other.copy()
-    resumed.take(resume=True)
+    resumed = claimed(other)
     resumed.download(other.folder)
-    assert other.local() == {name: data for name, data in place.local().items() if name[0] in "ch"}
+    needed = ("history.csv", "checkpoint-1.weights.h5")
+    assert {name: other.local()[name] for name in needed} == {
+        name: place.local()[name] for name in needed
+    }
+    assert other.local().keys() == {"config.json", *needed}
     epoch(other, 2, 1)
     resumed.update(other.folder)
     of_before = {name: place.local()[name] for name in ("skipped.csv", "report.png")}
@@ -181,38 +194,27 @@ def test_a_resumed_run_has_what_it_needs_and_drops_what_it_must(
 # ---- who has a prefix ----
 
 
-def refused(copy: xray.S3Copy, resume: bool = False) -> str:
+def refused(copy: xray.S3Copy) -> str:
     with pytest.raises(xray.UserError) as error:
-        copy.take(resume)
+        copy.look()
     assert error.value.exit_code == 2
     return str(error.value)
 
 
-def test_a_prefix_that_another_run_has_or_had(place: Place) -> None:
-    copy = place.copy()
-    copy.take(resume=False)
-    assert f"another run has taken {place.output}: use another --output" in refused(place.copy())
-    assert "no run that has begun" in refused(place.copy(), resume=True)
-    place.write("config.json")
-    copy.update(place.folder)
-    before = place.stored()
-    assert f"{place.output} holds another run" in refused(place.copy())
-    assert place.stored() == before
-
-
-def test_resume_where_there_is_none(place: Place) -> None:
-    assert f"{place.output} has no run that has begun to train" in refused(
-        place.copy(), resume=True
-    )
+def test_what_a_prefix_has(place: Place) -> None:
+    assert place.copy().look() == (False, b"")
     assert place.stored() == {}
+    claimed(place)
+    before = place.stored()
+    assert place.copy().look() == (True, before["config.json"])
+    assert place.stored() == before
 
 
 def test_a_neighbour_is_no_run_of_this_prefix(place: Place) -> None:
     place.s3.put_object(
         Bucket=BUCKET, Key=place.output.split("/", 3)[3] + "0/config.json", Body=b"{}"
     )
-    assert "no run" in refused(place.copy(), resume=True)
-    place.copy().take(resume=False)
+    assert place.copy().look() == (False, b"")
 
 
 def test_a_bucket_that_does_not_exist(place: Place) -> None:
@@ -221,36 +223,46 @@ def test_a_bucket_that_does_not_exist(place: Place) -> None:
     )
 
 
-def test_of_two_runs_at_once_one_has_the_prefix(place: Place) -> None:
-    ends: list[str] = []
-    barrier = threading.Barrier(6)
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_at_once_one_has_the_prefix(place: Place, resume: bool) -> None:
+    if resume:
+        claimed(place)
+    copies = [place.copy() for _ in range(6)]
+    for copy in copies:
+        copy.look()
 
-    def take() -> None:
-        copy = place.copy()
-        barrier.wait(20)
+    def ending(copy: xray.S3Copy) -> str:
         try:
-            copy.take(resume=False)
-            ends.append("taken")
+            copy.claim(next(CONFIGS))
         except xray.UserError as error:
-            ends.append(str(error))
+            return str(error)
+        return "claimed"
 
-    threads = [threading.Thread(target=take) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert ends.count("taken") == 1
-    assert sum("another run has taken" in end for end in ends) == 5
+    with ThreadPoolExecutor(6) as pool:
+        endings = list(pool.map(ending, copies))
+    assert endings.count("claimed") == 1
+    taken = f"another run has taken {place.output}: use another --output"
+    assert endings.count(taken) == 5
+
+
+def test_a_run_that_another_has_resumed_ends(place: Place) -> None:
+    first = claimed(place)
+    epoch(place, 1)
+    first.update(place.folder)
+    claimed(place)
+    before = place.stored()
+    epoch(place, 2)
+    with pytest.raises(xray.TakenError, match="another run has taken"):
+        first.update(place.folder)
+    assert place.stored() == before
 
 
 def test_a_claim_whose_answer_was_lost_is_the_runs_own(place: Place) -> None:
     lost = iter(["lost answer"])
-    place.proxy.choose = lambda method, path: next(lost, "") if method == "PUT" else ""
-    copy = place.copy()
-    copy.take(resume=False)
-    assert place.changed() == ["DELETE .partial", "PUT .taken", "PUT .taken"]
-    copy.give_back()
-    assert place.stored() == {}
+    place.proxy.choose = lambda method, path: next(lost, "") if "config.json" in path else ""
+    claimed(place)
+    assert place.changed().count("PUT config.json") == 2
+    assert place.stored() == place.local()
 
 
 # ---- S3 that refuses ----
@@ -259,17 +271,13 @@ def test_a_claim_whose_answer_was_lost_is_the_runs_own(place: Place) -> None:
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "GET"])
 def test_a_key_without_a_right_is_known_at_the_start(place: Place, method: str) -> None:
     place.proxy.choose = denied(method)
-    copy = place.copy()
-    error = refused(copy)
-    copy.give_back()  # as RunFolder does
-    assert f"no right to write {place.output} in bucket {BUCKET}: s3:PutObject" in error
-    assert place.stored() == {}
+    error = refused(place.copy())
+    assert f"no right to {place.output} in bucket {BUCKET}: s3:ListBucket" in error
+    assert "below --output s3:PutObject and s3:DeleteObject" in error
 
 
 def test_s3_away_in_the_middle_and_back(place: Place, capsys: pytest.CaptureFixture) -> None:
-    copy = place.copy()
-    copy.take(resume=False)
-    place.write("config.json")
+    copy = claimed(place)
     copy.update(place.folder)
     assert capsys.readouterr().err == ""
     place.proxy.choose = denied("PUT", "DELETE")
@@ -277,7 +285,7 @@ def test_s3_away_in_the_middle_and_back(place: Place, capsys: pytest.CaptureFixt
         epoch(place, number)
         copy.update(place.folder)
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: no right to write")
+    assert warning.startswith("warning: no right to s3://")
     assert warning.endswith(f"the run goes on in {place.folder}")
     with pytest.raises(xray.CopyError) as error:
         copy.finish(place.folder)
@@ -289,28 +297,13 @@ def test_s3_away_in_the_middle_and_back(place: Place, capsys: pytest.CaptureFixt
     assert place.stored() == place.local()
 
 
-def test_a_prefix_stays_taken_where_s3_is_away_at_the_begin(place: Place) -> None:
-    copy = place.copy()
-    copy.take(resume=False)
-    place.write("config.json")
-    place.proxy.choose = denied("PUT", part="config.json")
-    copy.update(place.folder)
-    assert set(place.stored()) == {".taken"}
-    place.proxy.choose = lambda method, path: ""
-    assert "another run has taken" in refused(place.copy())
-    copy.update(place.folder)
-    assert place.stored() == place.local()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("nth", range(3, 13))
+@pytest.mark.parametrize("nth", range(10))
 def test_one_refusal_at_any_change(place: Place, nth: int) -> None:
     """What S3 has is a state that a run can go on from, and the end has all."""
-    kinds = iter([""] * (nth - 1) + ["denied"])
+    copy = claimed(place)
+    kinds = iter([""] * nth + ["denied"])
     place.proxy.choose = lambda method, path: "" if method == "GET" else next(kinds, "")
-    copy = place.copy()
-    copy.take(resume=False)
-    place.write("config.json")
     copy.update(place.folder)
     for number in (1, 2, 3):
         epoch(place, number, *[number - 1] * (number > 1))
@@ -330,13 +323,24 @@ def test_the_run_folder_of_a_copy(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["xray_tensorflow.py"])
-    arguments = parse("--output", place.output)
-    with pytest.raises(ZeroDivisionError), xray.RunFolder(arguments, place.keys) as run:
-        assert run.path.parent == Path("runs")
-        assert set(place.stored()) == {".taken"}
-        _ = 1 / 0
+    first = xray.Run(parse("--output", place.output), place.keys)
+    first.check(TABLE, {})
     assert place.stored() == {}
-    assert not Path("runs").exists()
-    with pytest.raises(xray.UserError, match="no run that has begun"):
-        xray.RunFolder(parse("--output", place.output, "--resume"), place.keys).__enter__()
-    assert not Path("runs").exists()
+    first.open(TABLE, None)
+    assert place.stored() == {
+        name: (first.path / name).read_bytes() for name in ("config.json", "skipped.csv")
+    }
+    with pytest.raises(xray.UserError, match="is not empty: use another --output, or --resume"):
+        xray.Run(parse("--output", place.output), place.keys)
+    resumed = xray.Run(parse("--output", place.output, "--resume"), place.keys)
+    resumed.check(TABLE, {})
+    resumed.open(TABLE, None)
+    assert resumed.path != first.path
+    for run in (first, resumed):
+        run._lock.close()
+
+
+def test_resume_where_there_is_no_run(place: Place) -> None:
+    with pytest.raises(xray.UserError, match=f"no run to resume in '{place.output}'"):
+        xray.Run(parse("--output", place.output, "--resume"), place.keys)
+    assert place.stored() == {}

@@ -7,6 +7,7 @@ need a process.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -712,6 +713,10 @@ def test_records_become_the_splits_in_order_and_without_repeats(
     assert list(xray.divided(iter([]), split_of)) == []
 
 
+def parse_elephas(*options: Any) -> argparse.Namespace:
+    return xray.elephas_parser().parse_args([str(option) for option in options])
+
+
 @pytest.mark.parametrize(
     ("images", "batch", "wanted", "count"),
     [(272, 8, 2, 2), (33, 32, 1, 1), (65, 32, 2, 1), (66, 32, 2, 2), (100, 32, 8, 3)],
@@ -720,13 +725,14 @@ def test_each_worker_has_more_images_than_a_batch(
     images: int, batch: int, wanted: int, count: int
 ) -> None:
     table = pd.DataFrame({"split": ["train"] * images + ["test"]})
-    assert xray.count_workers(table, batch, wanted) == count
+    arguments = parse_elephas("--batch-size", batch, "--workers", wanted)
+    assert xray.count_workers(table, arguments, slots=9) == count
     assert images // count > batch
 
 
 def test_too_few_for_one_worker() -> None:
     with pytest.raises(xray.UserError, match="use a smaller"):
-        xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), 32, 2)
+        xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), parse_elephas(), slots=2)
 
 
 def test_errors_that_the_user_can_fix() -> None:

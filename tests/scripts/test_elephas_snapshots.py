@@ -4,7 +4,7 @@ server's snapshots, and the run folder whatever moment the run ends at.
 
 from __future__ import annotations
 
-import itertools
+import math
 import shutil
 import sys
 import threading
@@ -22,7 +22,7 @@ xray = pytest.importorskip("xray_elephas")
 
 ROWS = ["train", "train", "validation", "validation", "test"]
 TABLE = pd.DataFrame({"image": list("abcde"), "etag": list("12345"), "split": ROWS}).assign(
-    **dict.fromkeys(xray.LABELS, [0.0, 1.0, 0.0, 1.0, 0.0])
+    reason="", **dict.fromkeys(xray.LABELS, [0.0, 1.0, 0.0, 1.0, 0.0])
 )
 EPOCHS = 4
 BEST = 2  # which has the highest AUROC
@@ -151,7 +151,7 @@ class Trainer:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def fit(self, first: int, keep: Any) -> None:
+    def fit_asynchronously(self, first: int, keep: Any) -> None:
         for epoch in range(first, EPOCHS + 1):
             weights = [np.full(v.shape, epoch, np.float32) for v in self.model.weights]
             keep(xray.Snapshot(epoch, 1 / epoch, weights, time.perf_counter()))
@@ -170,16 +170,15 @@ def train(
     """
     words = ["--output", output, "--mode", "hogwild", "--epochs", str(EPOCHS)]
     arguments = xray.elephas_parser().parse_args([*words, *["--resume"] * resume])
-    with xray.RunFolder(arguments, keys or {}) as run:
-        run.check_resumed(TABLE, target={})
-        kept = xray.weights_alone(model)
-        history = run.restore(kept)
-        run.begin(TABLE, {})
-        trainer = Trainer(model)
-        snapshots = xray.Snapshots(trainer, run, kept, history, TABLE)
-        trainer.fit(len(history) + 1, snapshots.keep)
-        history = snapshots.validate()
-        run.load_best(kept, history)
+    run = xray.Run(arguments, keys or {})
+    run.check(TABLE, {})
+    try:
+        run.open(TABLE, xray.weights_alone(model))
+        xray.train_asynchronously(Trainer(model), run)
+        run.load_best()
+    finally:  # as if the process had ended
+        run._lock.close()
+    history = run.history
     assert list(history["epoch"]) == list(range(1, EPOCHS + 1))
     assert list(history["validation_auroc"]) == [float(e == BEST) for e in history["epoch"]]
     assert list(history["loss"]) == [1 / epoch for epoch in history["epoch"]]
@@ -196,13 +195,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["xray_elephas.py"])
 
 
-def die_at(moment: int, patch: pytest.MonkeyPatch) -> None:
-    """Raise Killed before the `moment`-th time that a file is renamed into place or removed."""
-    left = itertools.count(moment, -1)
+def die_at(moment: float, patch: pytest.MonkeyPatch) -> list[Path]:
+    """Raise Killed before the `moment`-th time that a file is renamed into place or removed.
+
+    The list fills with the files whose time has come.
+    """
+    changed: list[Path] = []
 
     def dying(change: Callable) -> Callable:
         def call(path: Path, *more: Any) -> Any:
-            if path.name != ".lock" and next(left) == 1:
+            changed.append(path)
+            if len(changed) == moment:
                 raise Killed
             return change(path, *more)
 
@@ -210,16 +213,20 @@ def die_at(moment: int, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Path, "replace", dying(Path.replace))
     patch.setattr(Path, "unlink", dying(Path.unlink))
+    return changed
 
 
 def test_a_run_killed_before_any_change_of_a_file_goes_on(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = 2  # config.json, before which there is nothing to resume, and skipped.csv
-    # Checkpoint and history of each epoch; then history again, and all checkpoints but those of the
-    # best and of the last epoch.
-    changes = begun + 2 * EPOCHS + EPOCHS + (EPOCHS - 2)
-    for moment in range(begun + 1, changes + 1):
+    with monkeypatch.context() as patch:
+        changed = die_at(math.inf, patch)
+        assert train(model, resume=False) == BEST
+    shutil.rmtree("mine")
+    names = [path.name for path in changed]
+    assert len(names) > 3 * EPOCHS
+    # Before there is a config.json, there is nothing to resume.
+    for moment in range(names.index(".partial-config.json") + 2, len(names) + 1):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             die_at(moment, patch)
             train(model, resume=False)
@@ -227,9 +234,6 @@ def test_a_run_killed_before_any_change_of_a_file_goes_on(
         assert train(model, resume=True) == BEST
         assert checkpoints() == {f"checkpoint-{BEST}", f"checkpoint-{EPOCHS}"}
         shutil.rmtree("mine")
-    with monkeypatch.context() as patch:
-        die_at(changes + 1, patch)
-        assert train(model, resume=False) == BEST
 
 
 def test_checkpoints_have_no_state_of_adam(model: Any) -> None:

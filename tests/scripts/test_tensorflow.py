@@ -45,7 +45,7 @@ def history(folder: Path) -> pd.DataFrame:
 
 
 def test_run_folder_is_complete(run: Any) -> None:
-    names = {path.name for path in run.folder.iterdir()}
+    names = {path.name for path in run.folder.glob("[!.]*")}
     assert set(FILES) < names
     assert all("checkpoint" in name for name in names - set(FILES))
 
@@ -94,7 +94,8 @@ def test_history_and_that_it_learns(run: Any) -> None:
     ]
     assert list(rows["epoch"]) == [1, 2, 3]
     assert rows["loss"].is_monotonic_decreasing
-    assert np.isfinite(rows.to_numpy()).all()
+    assert list(rows["traced"]) == [True, False, False]
+    assert np.isfinite(rows.drop(columns="traced").to_numpy()).all()
     assert run.result["auroc"]["mean"] > 0.6
 
 
@@ -345,12 +346,21 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_label_without_both_classes_is_null_and_left_out_of_the_mean(
     run: Any, credentials: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """evaluate() and write_result() on the shared run's test rows, less those with Hernia."""
+    """evaluate() on the shared run's test rows, less those with Hernia."""
     table = xray.select_images(client_of(credentials), parse())
     table = table[(table["Hernia"] == 0) & (table["split"] != "train")].reset_index(drop=True)
     truth = xray.labels_by_split(table)
     random = np.random.default_rng(0)
-    report = xray.evaluate(tmp_path, table, lambda split: random.random(truth[split].shape), seed=0)
+
+    class RandomTrainer:
+        def predict(self, split: str) -> np.ndarray:
+            return random.random(truth[split].shape)
+
+    evaluated = xray.Run(parse("--output", tmp_path), {})
+    evaluated.path = tmp_path
+    evaluated.table = table
+    evaluated.history = pd.DataFrame({"epoch": [1], "validation_auroc": [0.5]})
+    report = xray.evaluate(RandomTrainer(), evaluated)
     hernia, mean = report.loc["Hernia"], report.loc["mean"]
     assert hernia["positives"] == 0
     assert hernia[["AUROC", "low", "high", "threshold"]].isna().all()

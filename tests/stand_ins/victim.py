@@ -10,12 +10,15 @@ and the CNN is small. All else is the script's own. The moments:
     ("event", n)   SIGKILL before the n-th time that a file of the run folder is opened to write, renamed or removed
     ("change", n)  SIGKILL before the n-th request that writes to S3 or deletes there
     ("byte", n)    the kernel ends the process where it writes byte n of a file: the size limit's signal, left to kill
+
+A number of math.inf kills nothing: the last line on stdout is how many such moments the run has had.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import resource
@@ -30,7 +33,7 @@ from helpers import check_processes
 
 import xray_tensorflow as xray
 
-Moment = tuple[str, int]
+Moment = tuple[str, float]
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     "KERAS_BACKEND": "tensorflow",
@@ -135,7 +138,10 @@ def live(options: list[str], screen: Path, die: Moment | None, folder: Path | No
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
-    sys.exit(xray.run_script(xray.main))
+    code = xray.run_script(xray.main)
+    if count == math.inf:
+        print(next(counter) - 1)
+    sys.exit(code)
 
 
 def changes(folder: str, event: str, args: tuple) -> bool:
