@@ -198,8 +198,8 @@ def our_cached_start(arguments: Namespace, images: int) -> Callable[[], Any]:
 def read_pixels(arguments: Namespace, images: int) -> None:
     import xray_tensorflow as xray
 
-    client = xray.connect(xray.read_credentials(arguments.credentials), arguments.bucket)
-    xray.ingest(client, arguments, bucket_table(arguments)[:images].reset_index(drop=True))
+    keys = xray.read_credentials(arguments.credentials)
+    xray.ingest(keys, arguments, bucket_table(arguments)[:images].reset_index(drop=True))
 
 
 def bucket_table(arguments: Namespace) -> Any:
