@@ -79,13 +79,13 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import re
 import resource
 import secrets
 import shutil
 import signal
 import socket
-import sqlite3
 import sys
 import tempfile
 import threading
@@ -1409,8 +1409,26 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         # second one differs.
         return fetch_one(item, again=False) if again else (row, None, reason)
 
-    with s3_errors(bucket, "an image"), ThreadPool(FETCH_THREADS) as pool:
-        yield from pool.imap_unordered(fetch_one, keys.items())
+    items = iter(keys.items())
+    # Threads wait at a full queue: they share Python's lock with the caller, and would leave it
+    # further and further behind.
+    arrivals: queue.Queue = queue.Queue(FETCH_THREADS)
+
+    def fetch_all() -> None:
+        for item in items:
+            try:
+                arrivals.put(fetch_one(item))
+            except Exception as error:  # noqa: BLE001  the caller raises it
+                arrivals.put(error)
+
+    for _ in range(min(FETCH_THREADS, len(keys))):
+        threading.Thread(target=fetch_all, daemon=True).start()
+    with s3_errors(bucket, "an image"):
+        for _ in keys:
+            arrival = arrivals.get()
+            if isinstance(arrival, Exception):
+                raise arrival
+            yield arrival
 
 
 def decode(data: bytes, size: int) -> np.ndarray:
@@ -2501,9 +2519,6 @@ def run_script(main: Callable[[], None]) -> int:
     except UserError as error:
         problem = str(error)
         exit_code = error.exit_code
-    except sqlite3.Error as error:
-        fix = "check disk space and rights, or delete it"
-        problem = f"the pixel cache fails ({one_line(error)}): {fix}"
     except OSError as error:
         number_of_error = error.errno or 0
         if errno.errorcode.get(number_of_error) not in FIXABLE:

@@ -51,20 +51,24 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
+import queue
 import re
 import resource
 import shutil
+import signal
 import sqlite3
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Optional, Protocol, TextIO
 
@@ -208,13 +212,17 @@ def average_statistics(model: Any, strategy: Any) -> None:
 # ---- common to the scripts of one machine: begin ----
 # ==== ingest: fetch, decode, keep in the cache ====
 
+WORTH_A_PROCESS = 1000  # images: 7 s of fetching and decoding, where its start takes 1.5
+
 
 def ingest(
     credentials: dict[str, str], arguments: argparse.Namespace, table: pd.DataFrame
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """The table with the unreadable images marked, pixels, and how many images were cached.
+    """The table with a column reason, pixels (n, size, size) uint8 of its rows, and how many were
+    cached.
 
-    Pixels are uint8 (n, size, size), a row each of the table, which gets a column `reason`.
+    An unreadable image has a reason, and "skipped" as its split. Raises UserError where too many
+    are unreadable, S3 or the cache fails, or the pixels are more than the memory.
     """
     size = arguments.image_size
     if len(table) * size**2 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
@@ -222,56 +230,190 @@ def ingest(
             f"{len(table)} images of {size} x {size} are more than this machine's memory: "
             "use --limit"
         )
-    client = s3_client(credentials)
-    path = Path(arguments.cache, "pixels.sqlite")
     pixels = np.empty((len(table), size, size), np.uint8)
+    source = f"{s3_client(credentials).meta.endpoint_url}/{arguments.bucket}"
     skipped: dict[int, str] = {}
-    missing: dict[int, str] = {}
-    source = f"{client.meta.endpoint_url}/{arguments.bucket}"
-    with contextlib.closing(open_cache(path)) as cache:
-        query = (
-            "SELECT crc, CAST(pixels AS BLOB) FROM pixels "
-            "WHERE source = ? AND key = ? AND size = ? AND etag = ?"
-        )
-        for row, (key, etag) in enumerate(zip(table["key"], table["etag"])):
-            hit = cache.execute(query, (source, key, size, etag)).fetchone()
-            if hit and hit[1] and hit[0] == zlib.crc32(hit[1]):
-                pixels[row] = np.frombuffer(hit[1], np.uint8).reshape(size, size)
-            else:
-                missing[row] = key
+    with open_cache(Path(arguments.cache, "pixels.sqlite")) as cache:
+        is_cached = read_cache(cache, source, table, pixels)
+        missing = table["key"][~is_cached].to_dict()
         cached = len(table) - len(missing)
-        arrivals = fetch_images(client, arguments.bucket, missing, size)
-        for row, image, reason in tqdm(
-            arrivals, "radiographs", len(table), unit="", initial=cached
-        ):
-            if image is None:
-                skipped[row] = reason
-                check_skipped(skipped, table, arguments.max_skipped)
-                continue
-            pixels[row] = image
-            crc = zlib.crc32(image)
-            entry = (source, missing[row], size, table["etag"][row], crc, image.tobytes())
-            cache.execute("INSERT OR REPLACE INTO pixels VALUES (?, ?, ?, ?, ?, ?)", entry)
-    table = table.assign(reason="")
+        groups = fetch_groups(credentials, arguments.bucket, missing, size)
+        progress = tqdm(desc="radiographs", total=len(table), unit="", initial=cached)
+        with contextlib.closing(groups), progress:
+            for group in groups:
+                images = {row: image for row, image, _ in group if image is not None}
+                store(cache, source, table.loc[list(images)], images)
+                progress.update(len(group))
+                for row, image, reason in group:
+                    if image is None:
+                        skipped[row] = reason
+                        check_skipped(skipped, table, arguments.max_skipped)
+                    else:
+                        pixels[row] = image
+    table = table.assign(reason=[skipped.get(row, "") for row in table.index])
     table.loc[list(skipped), "split"] = "skipped"
-    table.loc[list(skipped), "reason"] = list(skipped.values())
     check_splits(table, arguments.batch_size)
     return table, pixels, cached
 
 
-def open_cache(path: Path) -> sqlite3.Connection:
-    """The cache of decoded pixels.
+@contextlib.contextmanager
+def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
+    """The cache of decoded pixels, which several runs may use at once.
 
-    An image is a transaction: a killed process loses at most the one in hand.
+    Raises UserError, in the block too, where it is damaged or its disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    cache = sqlite3.connect(path, timeout=60, isolation_level=None)
-    # Several scripts at once, and no fsync for each image.
-    cache.execute("PRAGMA journal_mode = WAL")
-    cache.execute("PRAGMA synchronous = NORMAL")
-    columns = "source TEXT, key TEXT, size INTEGER, etag TEXT, crc INTEGER, pixels BLOB"
-    cache.execute(f"CREATE TABLE IF NOT EXISTS pixels ({columns}, PRIMARY KEY (source, key, size))")
-    return cache
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as cache:
+            # Readers beside a writer, and no fsync for each group of images.
+            cache.execute("PRAGMA journal_mode = WAL")
+            cache.execute("PRAGMA synchronous = NORMAL")
+            cache.execute(
+                "CREATE TABLE IF NOT EXISTS pixels (source TEXT, key TEXT, size INTEGER, "
+                "etag TEXT, crc INTEGER, pixels BLOB, PRIMARY KEY (source, key, size))"
+            )
+            yield cache
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote damaged text
+        raise UserError(
+            f"the pixel cache {path} fails ({error}): check disk space and rights, or delete it"
+        ) from None
+
+
+def read_cache(
+    cache: sqlite3.Connection, source: str, table: pd.DataFrame, pixels: np.ndarray
+) -> np.ndarray:
+    """Put what is cached into `pixels` (n, size, size), rows as in the table; which rows those are:
+    bool (n,).
+    """
+    is_cached = np.zeros(len(table), bool)
+    entries = zip(table["key"].str.encode("utf-8"), table["etag"].str.encode("utf-8"))
+    rows = {entry: row for row, entry in enumerate(entries)}
+    # As bytes, since damaged text need not be UTF-8. Other runs' pixels are not read.
+    cache.create_function("row_of", 2, lambda key, etag: rows.get((key, etag)))
+    # In the order of the file, which takes SQLite half as long as a query for each image.
+    hits = cache.execute(
+        "SELECT row_of(CAST(key AS BLOB), CAST(etag AS BLOB)) AS row, crc, CAST(pixels AS BLOB) "
+        "FROM pixels NOT INDEXED WHERE source = ? AND size = ? AND row IS NOT NULL",
+        (source, pixels.shape[1]),
+    )
+    for row, crc, data in hits:
+        if data and crc == zlib.crc32(data):
+            pixels[row] = np.frombuffer(data, np.uint8).reshape(pixels.shape[1:])
+            is_cached[row] = True
+    return is_cached
+
+
+def store(
+    cache: sqlite3.Connection, source: str, table: pd.DataFrame, images: dict[int, np.ndarray]
+) -> None:
+    """Store the images of the rows of `table`, all of them or none."""
+    data = [image.tobytes() for image in images.values()]
+    sizes = [len(image) for image in images.values()]
+    columns = table["key"], sizes, table["etag"], map(zlib.crc32, data), data
+    with cache:
+        cache.executemany(
+            "INSERT OR REPLACE INTO pixels VALUES (?, ?, ?, ?, ?, ?)",
+            zip(itertools.repeat(source), *columns),
+        )
+
+
+def fetch_groups(
+    credentials: dict[str, str], bucket: str, keys: dict[int, str], size: int
+) -> Generator[list[tuple], None, None]:
+    """What fetch_images yields, in groups, from a process for each core.
+
+    Few images, or those of one core, are fetched by this process. Raises UserError when S3 fails or
+    a process is killed.
+    """
+    count = min(len(os.sched_getaffinity(0)), len(keys) // WORTH_A_PROCESS)
+    if count < 2:
+        yield from in_groups(fetch_images(s3_client(credentials), bucket, keys, size))
+        return
+    shares = [dict(itertools.islice(keys.items(), n, None, count)) for n in range(count)]
+    processes = start_processes(credentials, bucket, shares, size)
+    try:
+        while processes:
+            ready: list[Any] = multiprocessing.connection.wait(list(processes))
+            for pipe in ready:
+                try:
+                    group = pipe.recv()
+                except (EOFError, OSError):  # the process has ended, perhaps amid a group
+                    check_ended(processes.pop(pipe))
+                    continue
+                if isinstance(group, str):
+                    raise UserError(group)
+                yield group
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
+    """Lists of what came in a tenth of a second each: this is what a kill can lose."""
+    group = []
+    begun = time.monotonic()
+    for arrival in arrivals:
+        group.append(arrival)
+        if time.monotonic() - begun > 0.1:
+            yield group
+            group = []
+            begun = time.monotonic()
+    yield group
+
+
+def start_processes(
+    credentials: dict[str, str], bucket: str, shares: list[dict[int, str]], size: int
+) -> dict[Any, Any]:
+    """A process for each share of the keys, by the pipe that its groups come from."""
+    context = multiprocessing.get_context("spawn")  # TensorFlow's threads and CUDA survive no fork
+    processes = {}
+    # Ctrl-C reaches all processes of a terminal. They inherit that they ignore it: this one ends
+    # them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for share in shares:
+        pipe, its_end = context.Pipe(duplex=False)
+        work = (its_end, credentials, bucket, share, size)
+        processes[pipe] = context.Process(target=send_images, args=work, daemon=True)
+        processes[pipe].start()
+        its_end.close()  # the process has the only one left: the pipe ends with it
+    signal.signal(signal.SIGINT, handler)
+    return processes
+
+
+def send_images(
+    pipe: Any, credentials: dict[str, str], bucket: str, keys: dict[int, str], size: int
+) -> None:
+    """Send groups of images, or, as text, why S3 fails; a full pipe holds the requests up.
+
+    This process ends with its parent, even one that is killed.
+    """
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        for group in in_groups(fetch_images(s3_client(credentials), bucket, keys, size)):
+            pipe.send(group)
+    except UserError as error:
+        pipe.send(str(error))
+    except BrokenPipeError:  # the parent has been killed
+        os._exit(1)
+
+
+def end_with_parent() -> None:
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)
+
+
+def check_ended(process: Any) -> None:
+    """Raise UserError for a process that was killed, RuntimeError for one that failed."""
+    process.join()
+    if process.exitcode < 0:
+        raise UserError(
+            f"a process that fetches images was killed by signal {-process.exitcode}, as Linux does "
+            "when memory runs out: end other programs, then start again"
+        )
+    if process.exitcode:
+        raise RuntimeError("a process that fetches images failed: its traceback stands above")
 
 
 # ==== training with Keras ====
@@ -499,8 +641,26 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         # second one differs.
         return fetch_one(item, again=False) if again else (row, None, reason)
 
-    with s3_errors(bucket, "an image"), ThreadPool(FETCH_THREADS) as pool:
-        yield from pool.imap_unordered(fetch_one, keys.items())
+    items = iter(keys.items())
+    # Threads wait at a full queue: they share Python's lock with the caller, and would leave it
+    # further and further behind.
+    arrivals: queue.Queue = queue.Queue(FETCH_THREADS)
+
+    def fetch_all() -> None:
+        for item in items:
+            try:
+                arrivals.put(fetch_one(item))
+            except Exception as error:  # noqa: BLE001  the caller raises it
+                arrivals.put(error)
+
+    for _ in range(min(FETCH_THREADS, len(keys))):
+        threading.Thread(target=fetch_all, daemon=True).start()
+    with s3_errors(bucket, "an image"):
+        for _ in keys:
+            arrival = arrivals.get()
+            if isinstance(arrival, Exception):
+                raise arrival
+            yield arrival
 
 
 def decode(data: bytes, size: int) -> np.ndarray:
@@ -1591,9 +1751,6 @@ def run_script(main: Callable[[], None]) -> int:
     except UserError as error:
         problem = str(error)
         exit_code = error.exit_code
-    except sqlite3.Error as error:
-        fix = "check disk space and rights, or delete it"
-        problem = f"the pixel cache fails ({one_line(error)}): {fix}"
     except OSError as error:
         number_of_error = error.errno or 0
         if errno.errorcode.get(number_of_error) not in FIXABLE:

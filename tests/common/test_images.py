@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import as_options, client_of, label_file, make_bucket, parse
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
@@ -177,17 +178,23 @@ def test_unreadable_images_are_skipped_and_said_why(
 ) -> None:
     client = client_of(credentials)
     options = as_options(bucket="odd", image_size=32, batch_size=8, cache=tmp_path, max_skipped=0.2)
-    table = xray.select_images(client, parse(*options))
-    pixels, skipped, cached = xray.ingest(client, parse(*options), table)
-    assert {table["image"][row] for row in skipped} == set(odd)
-    assert set(table["image"][table["split"] == "skipped"]) == set(odd)
-    assert all(reason and "\n" not in reason and "0x" not in reason for reason in skipped.values())
-    for row in set(range(60)) - set(skipped):
-        assert np.array_equal(pixels[row], xray.decode(READABLE["LA"], 32))
+    selected = xray.select_images(client, parse(*options))
+    before = selected.copy()
+    keys = xray.read_credentials(str(credentials))
+    table, pixels, cached = xray.ingest(keys, parse(*options), selected)
+    pd.testing.assert_frame_equal(selected, before)
+    skipped = table["split"] == "skipped"
+    assert set(table["image"][skipped]) == set(odd)
+    assert all(
+        reason and "\n" not in reason and "0x" not in reason for reason in table["reason"][skipped]
+    )
+    assert set(table["reason"][~skipped]) == {""}
+    right = xray.decode(READABLE["LA"], 32)
+    assert np.array_equal(
+        pixels[~skipped], np.broadcast_to(right, (cached + 60 - len(odd), 32, 32))
+    )
     # They are asked for again by the next run: someone may have fixed them.
-    assert xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))[
-        2
-    ] == 60 - len(UNREADABLE)
+    assert xray.ingest(keys, parse(*options), selected)[2] == 60 - len(odd)
 
 
 def test_too_many_unreadable_images(credentials: Path, odd: dict, tmp_path: Path) -> None:
@@ -196,7 +203,8 @@ def test_too_many_unreadable_images(credentials: Path, odd: dict, tmp_path: Path
         bucket="odd", image_size=32, batch_size=8, cache=tmp_path, max_skipped=0.05
     )
     with pytest.raises(xray.UserError, match="--max-skipped") as error:
-        xray.ingest(client, parse(*options), xray.select_images(client, parse(*options)))
+        keys = xray.read_credentials(str(credentials))
+        xray.ingest(keys, parse(*options), xray.select_images(client, parse(*options)))
     assert any(name in str(error.value) for name in odd)
     assert "4 of 60" in str(error.value)
 

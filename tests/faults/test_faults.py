@@ -36,13 +36,14 @@ def faulty(credentials: Path, folder: Path, **how: Any) -> Iterator[tuple[Proxy,
 
 def ingest(credentials: Path, cache: Path, *options: Any) -> dict[str, np.ndarray]:
     """The pixels of each readable image."""
-    client = xray.s3_client(xray.read_credentials(str(credentials)))
+    keys = xray.read_credentials(str(credentials))
     arguments = parse("--image-size", 32, "--batch-size", 1, "--cache", cache, *options)
-    table = xray.select_images(client, arguments)
-    pixels, skipped, cached = xray.ingest(client, arguments, table)
+    selected = xray.select_images(xray.s3_client(keys), arguments)
+    table, pixels, cached = xray.ingest(keys, arguments, selected)
     assert cached == 0
-    assert {table["image"][row] for row in skipped} <= {TRUNCATED}
-    return {image: pixels[row] for row, image in enumerate(table["image"]) if row not in skipped}
+    readable = table["split"] != "skipped"
+    assert set(table["image"][~readable]) <= {TRUNCATED}
+    return dict(zip(table["image"][readable], pixels[readable]))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, SECRETS, client_of, parse, run_process, write_yaml
+from helpers import ROOT, SECRETS, parse, run_process, write_yaml
 from sample_bucket import draw_radiograph
 from static_s3 import static_s3
 
@@ -100,12 +100,12 @@ def test_no_name_reaches_beyond_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(inner)
     arguments = parse("--cache", inner / "cache", "--image-size", 32, "--batch-size", 1)
     with static_s3(bucket_of(rows), 0) as endpoint:
-        client = client_of(credentials_of(endpoint, tmp_path))
-        table = xray.select_images(client, arguments)
-        assert set(ODD) < set(table["image"])
-        pixels, skipped, cached = xray.ingest(client, arguments, table)
-        assert (len(skipped), cached) == (0, 0)
-        assert xray.ingest(client, arguments, table)[2] == len(rows)
+        keys = xray.read_credentials(str(credentials_of(endpoint, tmp_path)))
+        selected = xray.select_images(xray.s3_client(keys), arguments)
+        assert set(ODD) < set(selected["image"])
+        table, pixels, cached = xray.ingest(keys, arguments, selected)
+        assert (set(table["reason"]), cached) == ({""}, 0)
+        assert xray.ingest(keys, arguments, selected)[2] == len(rows)
     assert np.array_equal(pixels, np.broadcast_to(xray.decode(WHOLE, 32), pixels.shape))
     written = [
         path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 PAGE = 1000  # keys in an answer of S3
@@ -41,39 +42,54 @@ def etag(key: str) -> str:
 
 async def answer(
     objects: dict[str, bytes],
+    keys: list[str],
     seconds: float,
+    served: Any,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """Answer the requests of one connection, each after `seconds`."""
-    keys = sorted(objects)
+    """Answer the requests of one connection, each after `seconds`, and count the objects sent."""
     while not reader.at_eof():
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, ConnectionError):  # the client has gone
             break
         place = urlsplit(head.split(b" ", 2)[1].decode())
-        _, _, key = unquote(place.path)[1:].partition("/")
-        body = objects[key] if key else list_keys(keys, parse_qs(place.query))
+        bucket, _, key = unquote(place.path)[1:].partition("/")
+        if key:
+            body = objects[key]
+        elif bucket:
+            body = list_keys(keys, parse_qs(place.query))
+        else:
+            body = str(served.value).encode()
         await asyncio.sleep(seconds)
         writer.write(
             f"HTTP/1.1 200 OK\r\nETag: {etag(key)}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
+        if key:
+            with served:
+                served.value += 1
         await writer.drain()
     writer.close()
 
 
 def serve_objects(
-    objects: dict[str, bytes], seconds: float, host: str, started: Connection
+    objects: dict[str, bytes],
+    seconds: float,
+    host: str,
+    port: int,
+    served: Any,
+    started: Connection,
 ) -> None:
     """Serve until the process is killed; the port is sent to `started`."""
+    keys = sorted(objects)
 
     async def run() -> None:
         async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await answer(objects, seconds, reader, writer)
+            await answer(objects, keys, seconds, served, reader, writer)
 
-        server = await asyncio.start_server(client, host, 0)
+        server = await asyncio.start_server(client, host, port, reuse_port=True)
         started.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
@@ -81,17 +97,26 @@ def serve_objects(
 
 
 @contextmanager
-def static_s3(objects: dict[str, bytes], seconds: float, host: str = "127.0.0.1") -> Iterator[str]:
-    """A process that serves `objects` by key, in a bucket of any name, `seconds` late each, at an
-    address `host` of this machine: yields its endpoint URL.
+def static_s3(
+    objects: dict[str, bytes], seconds: float, host: str = "127.0.0.1", processes: int = 1
+) -> Iterator[str]:
+    """Processes that serve `objects` by key, in a bucket of any name, `seconds` late each, at an
+    address `host` of this machine: yields their endpoint URL, which answers how many objects they
+    have sent.
     """
-    ours, its = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(
-        target=serve_objects, args=(objects, seconds, host, its)
-    )
-    server.start()
+    context = multiprocessing.get_context("spawn")
+    served = context.Value("q")
+    ours, its = context.Pipe()
+    servers: list[Any] = []
+    port = 0
     try:
-        yield f"http://{host}:{ours.recv()}"
+        for _ in range(processes):  # connections are divided among them by the kernel
+            work = (objects, seconds, host, port, served, its)
+            servers.append(context.Process(target=serve_objects, args=work))
+            servers[-1].start()
+            port = ours.recv()
+        yield f"http://{host}:{port}"
     finally:
-        server.kill()
-        server.join()
+        for server in servers:
+            server.kill()
+            server.join()
