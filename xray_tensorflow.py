@@ -21,21 +21,21 @@ Wang et al., CVPR 2017.
 """
 
 # /// script
-# requires-python = ">=3.9,<3.13"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
-#   "tensorflow==2.19.1",
-#   "keras==3.10.0 ; python_version < '3.11'",
+#   "tensorflow==2.19.1 ; python_version < '3.13'",
+#   "tensorflow==2.21.0 ; python_version >= '3.13'",
+#   "keras==3.12.4 ; python_version < '3.11'",
 #   "keras==3.15.1 ; python_version >= '3.11'",
-#   "numpy==1.26.4",
+#   "numpy==2.1.3",
 #   "pandas==2.3.3",
-#   "scipy==1.13.1",
-#   "scikit-learn==1.6.1",
-#   "pillow==11.3.0 ; python_version < '3.10'",
-#   "pillow==12.3.0 ; python_version >= '3.10'",
+#   "scipy==1.15.3",
+#   "scikit-learn==1.7.2",
+#   "pillow==12.3.0",
 #   "boto3==1.42.97",
 #   "pyyaml==6.0.3",
 #   "tqdm==4.67.1",
-#   "matplotlib==3.9.4",
+#   "matplotlib==3.10.9",
 # ]
 # ///
 
@@ -85,7 +85,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     seconds: dict[str, float] = {}
-    hold_to_cores(arguments.threads)
+    held = hold_to_cores(arguments.threads)
     credentials = read_credentials(arguments.credentials)
     with RunFolder(arguments, credentials) as run:
         with timed(seconds, "ingest"):
@@ -106,25 +106,29 @@ def main() -> None:
             run.load_best(model, history)
             report = evaluate(run.path, table, trainer.predict, arguments.seed)
         measured = {"seconds": seconds, "from_cache": cached, "traced": traced}
-        measured["target"] = {"threads": arguments.threads}
+        measured["target"] = {"threads": arguments.threads, "held_to_cores": held}
         write_result(run.path, model, table, report, history, measured)
 
 
-def hold_to_cores(threads: int) -> None:
-    """Hold the process and all its threads to `threads` cores. Raises UserError without as many."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise UserError(
-            "this system cannot hold a process to a core: run on Linux (macOS: in a container)"
-        )
-    cores = sorted(os.sched_getaffinity(0))
+def hold_to_cores(threads: int) -> bool:
+    """Hold the process and all its threads to `threads` cores, where the system can do that: macOS
+    cannot. Returns whether they are held. Raises UserError without as many cores.
+    """
+    can_hold = hasattr(os, "sched_setaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if can_hold else list(range(os.cpu_count() or 1))
     if threads > len(cores):
         raise UserError(
             f"--threads {threads} is more than the {len(cores)} cores of this machine: use fewer"
         )
+    if not can_hold:
+        problem = "this system cannot hold a process to a core: images are decoded on all cores"
+        print(f"warning: {problem}", file=sys.stderr)
+        return False
     # A new thread has the cores of its maker, but those that numpy started at its import have all
     # of them.
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores[-threads:])
+    return True
 
 
 def limit_tensorflow(threads: int) -> None:
@@ -1400,7 +1404,9 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     doi:10.1148/radiology.143.1.7063747.
     """
     positives = labels.sum(axis=0, dtype=float)
-    rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
+    # From 1.18 on scipy ranks float32 in float32, whose sums lose digits.
+    ranks = scipy.stats.rankdata(scores, axis=0).astype(float)
+    rank_sums = (ranks * labels).sum(axis=0)
     with np.errstate(invalid="ignore"):
         return (rank_sums - positives * (positives + 1) / 2) / (
             positives * (len(labels) - positives)
