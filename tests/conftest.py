@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
-from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, has_java, one_line, run_process, secrets_in
+from helpers import (
+    QUICK,
+    SCRIPT,
+    SECRETS,
+    Finished,
+    edited,
+    has_java,
+    one_line,
+    run_process,
+    secrets_in,
+)
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 
 import xray_tensorflow as xray

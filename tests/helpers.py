@@ -204,6 +204,29 @@ def has_java() -> bool:
     return bool(os.environ.get("JAVA_HOME") or shutil.which("java"))
 
 
+def path_without_java(folder: Path) -> str:
+    """A PATH with the programs that Spark's start and elephas_libs.sh need, and no java."""
+    programs = folder / "programs"
+    programs.mkdir()
+    tools = [
+        "basename",
+        "cat",
+        "chmod",
+        "dirname",
+        "grep",
+        "ls",
+        "mktemp",
+        "ps",
+        "rm",
+        "tr",
+        "uname",
+    ]
+    for name in ("bash", "env", "sh", *tools):
+        if program := shutil.which(name):
+            (programs / name).symlink_to(program)
+    return str(programs)
+
+
 def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
     """Run xray_elephas.py, as it lies alone in `folder`, by spark-submit on two executors of one
     core. Skips the test where there is no Java.
