@@ -227,18 +227,24 @@ def path_without_java(folder: Path) -> str:
     return str(programs)
 
 
-def submit(folder: Path, *options: Any, conf: tuple[str, ...] = (), **how: Any) -> Finished:
-    """Run xray_elephas.py, as it lies alone in `folder`, by spark-submit on two executors of one
-    core. Skips the test where there is no Java.
+def submit(
+    folder: Path,
+    *options: Any,
+    conf: tuple[str, ...] = (),
+    python: Path = Path(sys.executable),
+    **how: Any,
+) -> Finished:
+    """Run xray_elephas.py, as it lies alone in `folder`, by the spark-submit beside `python` on two
+    executors of one core. Skips the test where there is no Java.
     """
     if not has_java():
         pytest.skip("Spark needs Java: elephas_libs.sh installs one where there is none")
     settings = [word for setting in conf for word in ("--conf", setting)]
     shutil.copy(ROOT / "xray_elephas.py", folder)
-    program = Path(sys.executable).with_name("spark-submit")
-    command = [program, *CLUSTER, *settings, "xray_elephas.py", *QUICK, *options]
+    command = [python.with_name("spark-submit"), *CLUSTER, *settings, "xray_elephas.py"]
     # spark-submit takes the first python3 of PATH, which is this one only in an activated venv.
-    return run_process(["env", f"PYSPARK_PYTHON={sys.executable}", *command], cwd=folder, **how)
+    environment = ["env", f"PYSPARK_PYTHON={python}"]
+    return run_process([*environment, *command, *QUICK, *options], cwd=folder, **how)
 
 
 def error_line(finished: Finished) -> str:
