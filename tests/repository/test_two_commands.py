@@ -41,7 +41,7 @@ def debian(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     root = tmp_path / "root"
     how = ["--variant=minbase", "--include=python3,python3-venv", request.param, root]
     subprocess.run(["debootstrap", *how], check=True, stdout=subprocess.DEVNULL)
-    settings = ["/etc/resolv.conf", "/etc/pip.conf", PIP.get("PIP_CERT", "")]
+    settings = ["/etc/hosts", "/etc/resolv.conf", "/etc/pip.conf", PIP.get("PIP_CERT", "")]
     for path in filter(os.path.isfile, settings):
         copy = root / path.lstrip("/")
         copy.parent.mkdir(parents=True, exist_ok=True)
