@@ -216,20 +216,8 @@ def path_without_java(folder: Path) -> str:
     """A PATH with the programs that Spark's start and elephas_libs.sh need, and no java."""
     programs = folder / "programs"
     programs.mkdir()
-    tools = [
-        "basename",
-        "cat",
-        "chmod",
-        "dirname",
-        "grep",
-        "ls",
-        "mktemp",
-        "ps",
-        "rm",
-        "tr",
-        "uname",
-    ]
-    for name in ("bash", "env", "sh", *tools):
+    tools = "basename bash cat chmod dirname env grep ls mktemp ps rm sh tr uname"
+    for name in tools.split():
         if program := shutil.which(name):
             (programs / name).symlink_to(program)
     return str(programs)
