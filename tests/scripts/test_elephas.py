@@ -35,6 +35,7 @@ from helpers import (
     as_options,
     error_line,
     free_port,
+    path_without_java,
     result_of,
     run_process,
     submit,
@@ -607,23 +608,12 @@ def test_hogwild_on_a_laptop_without_java_and_with_few_images(shared: list, tmp_
     """
     words = [*shared, "--workers", 2, "--mode", "hogwild", "--port", free_port()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", without_java(tmp_path))
+        patch.setenv("PATH", path_without_java(tmp_path))
         patch.delenv("JAVA_HOME", raising=False)
         command = [sys.executable, SCRIPT, *QUICK, *words, "--batch-size", 140, "--epochs", 1]
         finished = run_process(command, cwd=tmp_path)
     assert result_of(finished)["target"].items() >= {"mode": "hogwild", "workers": 1}.items()
     assert "warning: 1 workers instead of 2" in finished.stderr
-
-
-def without_java(folder: Path) -> str:
-    """A PATH with the programs that Spark's start needs and no java."""
-    programs = folder / "programs"
-    programs.mkdir()
-    tools = ["basename", "cat", "chmod", "dirname", "grep", "ls", "ps", "rm", "tr", "uname"]
-    for name in ("bash", "env", "sh", *tools):
-        if shutil.which(name):
-            (programs / name).symlink_to(shutil.which(name))
-    return str(programs)
 
 
 @pytest.mark.slow

@@ -18,7 +18,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
-from helpers import SECRETS, client_of, edited, parse, run_process, run_script
+from helpers import (
+    QUICK,
+    SCRIPT,
+    SECRETS,
+    client_of,
+    edited,
+    parse,
+    result_of,
+    run_process,
+    run_script,
+)
 from PIL import Image
 
 import xray_tensorflow as xray
@@ -65,7 +75,7 @@ def test_result_line(run: Any) -> None:
         "seconds", "validation_seconds", "epochs", "images_per_second", "best_epoch", "validation_auroc",
     ]  # fmt: skip
     assert result["train"]["epochs"] == 3
-    assert result["target"] == {"threads": 1}
+    assert result["target"] == {"threads": 1, "held_to_cores": True}
     assert list(result["thresholds"]) == list(result["auroc"]["per_label"]) == xray.LABELS
     phases = sum(result[name]["seconds"] for name in ("ingest", "setup", "train", "evaluate"))
     assert 0 < phases + result["train"]["validation_seconds"] < run.finished.wall
@@ -319,6 +329,21 @@ USAGE = [
 @pytest.mark.parametrize("words", USAGE, ids=" ".join)
 def test_usage(fails: Callable, words: list) -> None:
     assert words[0] in fails(*words)
+
+
+def test_a_system_that_cannot_hold_a_process_to_a_core(credentials: Path, tmp_path: Path) -> None:
+    """macOS: one line of warning, and the result says so. Linux plays it without its system call."""
+    program = """
+import os, runpy, sys
+del os.sched_setaffinity, os.sched_getaffinity
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    words = [*QUICK, "--credentials", credentials, "--epochs", 1, "--limit", 60]
+    ended = run_process([sys.executable, "-c", program, SCRIPT, *words], cwd=tmp_path)
+    assert result_of(ended)["target"] == {"threads": 1, "held_to_cores": False}
+    (warning,) = (line for line in ended.stderr.splitlines() if line.startswith("warning:"))
+    assert "cannot hold a process to a core" in warning
 
 
 def test_more_threads_than_cores() -> None:
