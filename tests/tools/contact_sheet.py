@@ -11,9 +11,10 @@ Beside each radiograph stands the class activation map (Zhou et al., CVPR 2016, 
 its most probable finding, or of --finding. "No Finding" is a label but not a finding: only
 --finding "No Finding" shows its map. The map is exact: its mean over the image, plus the bias of
 the output layer, is the log-odds that the network gives the finding. Orange regions raise the
-log-odds, purple regions lower them. All maps of a sheet have the same colour scale, drawn at the
-top. A map has one value for each 32 x 32 pixels of the network's input (4 x 4 values at 128
-pixels), interpolated bilinearly: it shows a region, not an outline.
+log-odds, purple regions lower them, in full colour at the strongest value of the map: the scale
+differs from map to map and is printed below each. A map has one value for each 32 x 32 pixels of
+the network's input (4 x 4 values at 128 pixels), interpolated bilinearly: it shows a region, not an
+outline.
 
 The pixels are those that the network saw, read from the cache of xray_tensorflow.py or xray_gpu.py;
 the maps need only them and model.keras. To make a sheet of the sample bucket:
@@ -48,7 +49,7 @@ from xray_tensorflow import limit_tensorflow  # noqa: E402
 # Okabe and Ito's colours, told apart by the colour-blind; the marks say the same without colour.
 KINDS = {"found": ("●", "#0072B2"), "missed": ("○", "#D55E00"), "false alarm": ("+", "#555555")}
 # Lowers the log-odds, no effect (transparent), raises them.
-MAP_COLORS = LinearSegmentedColormap.from_list("map", ["#8A2BE2CC", "#FFFFFF00", "#FF8C00CC"])
+MAP_COLORS = LinearSegmentedColormap.from_list("map", ["#8A2BE2A6", "#FFFFFF00", "#FF8C00A6"])
 STRIDE = 32  # pixels of MobileNet's input from one value of its last feature map to the next
 
 # Inches.
@@ -169,6 +170,15 @@ def show_picture(figure: Figure, left: float, top: float, pixels: np.ndarray, ti
     return axes
 
 
+def write_below(axes: Axes, line: int, text: str, **look: str) -> None:
+    """A line of text below a film, at the side that `ha` names."""
+    corner = (1 if look["ha"] == "right" else 0, 0)
+    below = (0, -4 - 72 * LINE * line)  # points
+    axes.annotate(
+        text, corner, below, "axes fraction", "offset points", va="top", fontsize=8.5, **look
+    )
+
+
 def draw_sheet(
     path: Path,
     films: np.ndarray,
@@ -186,8 +196,7 @@ def draw_sheet(
     pair = 2 * SIDE + 0.04
     width = 2 * MARGIN + COLUMNS * pair + (COLUMNS - 1) * BETWEEN
     figure = Figure(figsize=(width, HEADER + sum(heights)))
-    scale = Normalize(-np.abs(maps).max(), np.abs(maps).max())
-    draw_header(figure, size, maps.shape[1:], scale)
+    draw_header(figure, size, maps.shape[1:])
     top = HEADER + 0.2
     for row, height in zip(rows, heights):
         for column, film in enumerate(row):
@@ -195,39 +204,41 @@ def draw_sheet(
             axes = show_picture(figure, left, top, films[film], names[film])
             for line, (kind, text) in enumerate(told[film]):
                 mark, color = KINDS[kind]
-                below = (0, -4 - 72 * LINE * line)  # points
-                place = axes.annotate(
-                    f"{mark} {text}", (0, 0), below, "axes fraction", "offset points"
-                )
-                place.set(color=color, fontsize=8.5, va="top")
+                write_below(axes, line, f"{mark} {text}", color=color, ha="left")
             axes = show_picture(figure, left + pair - SIDE, top, films[film], mapped[film])
-            axes.imshow(enlarge(maps[film], size), cmap=MAP_COLORS, norm=scale)
+            strongest = np.abs(maps[film]).max()
+            enlarged = enlarge(maps[film], size)
+            axes.imshow(enlarged, cmap=MAP_COLORS, vmin=-strongest, vmax=strongest)
+            write_below(axes, 0, f"scale ± {strongest:.1f}", color="#333333", ha="right")
         top += height
     figure.savefig(path, dpi=90)
 
 
-def draw_header(figure: Figure, size: int, grid: tuple[int, ...], scale: Normalize) -> None:
+def draw_header(figure: Figure, size: int, grid: tuple[int, ...]) -> None:
     """What the sheet shows, what its marks mean, and the colour scale of its maps."""
     width, height = figure.get_size_inches()
 
     def write(left: float, top: float, text: str, **look: Any) -> None:
         figure.text(left / width, 1 - top / height, text, va="top", **look)
 
-    title = f"Test images as the network sees them, {size} × {size} pixels, and where it looks"
+    title = f"Test images as the network sees them ({size} × {size} pixels), and where it looks"
     write(MARGIN, 0.1, title, fontsize=13)
     explained = (
-        "Below each image: probability and threshold of what is true or predicted.  Right: class "
-        f"activation map\n({grid[0]} × {grid[1]} values, interpolated) of the finding above it; "
-        "its mean + the output bias = the log-odds of that finding."
+        "Below each image: its true and predicted findings, with probability and threshold.\n"
+        "Beside it: class activation map of the finding named above the map.\nA map has "
+        f"{grid[0]} × {grid[1]} values; their mean + the output bias = the log-odds of the finding."
     )
-    write(MARGIN, 0.42, explained, fontsize=9, color="#333333")
+    write(MARGIN, 0.4, explained, fontsize=9, color="#333333", linespacing=1.3)
+    right = width - MARGIN - 2.9
     for place, (kind, (mark, color)) in enumerate(KINDS.items()):
-        write(width - 2.9 + 0.9 * place, 0.12, f"{mark} {kind}", fontsize=11, color=color)
-    bar = figure.add_axes(((width - 2.9) / width, 1 - 0.6 / height, 2.7 / width, 0.12 / height))
+        write(right + 0.9 * place, 0.12, f"{mark} {kind}", fontsize=11, color=color)
+    bar = figure.add_axes((right / width, 1 - 0.62 / height, 2.8 / width, 0.14 / height))
     bar.set_facecolor("#808080")  # a film's grey
-    figure.colorbar(ScalarMappable(scale, MAP_COLORS), bar, orientation="horizontal")
-    bar.tick_params(labelsize=8, pad=1, length=2)
-    bar.set_xlabel("lowers ←  log-odds  → raises", fontsize=8.5, labelpad=1)
+    colors = ScalarMappable(Normalize(-1, 1), MAP_COLORS)
+    colorbar = figure.colorbar(colors, bar, orientation="horizontal")
+    colorbar.set_ticks([-1, 0, 1], labels=["− scale: lowers", "log-odds", "raises: + scale"])
+    for tick, side in zip(bar.get_xticklabels(), ("left", "center", "right")):
+        tick.set(horizontalalignment=side, fontsize=8.5)
 
 
 def main(words: list[str] | None = None) -> int:
