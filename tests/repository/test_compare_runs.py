@@ -93,7 +93,7 @@ def test_the_table_and_the_chart(
         ["2 CPU threads", "80.0", "1.60", *scores, "12.5", "3.0"],
     ]
     with Image.open("comparison.png") as chart:
-        assert chart.size == (1080, 984)
+        assert chart.size == (1080, 990)
 
 
 def test_learning_is_drawn_against_epochs_and_seconds(make: Callable[..., Path]) -> None:

@@ -124,7 +124,7 @@ def table(runs: list[Run], base: Run) -> str:
 
 def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
     """Speed-ups above, learning below; a run has the same colour in both."""
-    heights = [1.2 + 0.5 * len(runs), 4 + 0.25 * len(runs)]
+    heights = [1.25 + 0.5 * len(runs), 4 + 0.25 * len(runs)]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     above, below = figure.subfigures(2, height_ratios=heights)
     draw_speed(above.subplots(), runs, base)

@@ -19,7 +19,8 @@ outline.
 The pixels are those that the network saw, read from the cache of xray_tensorflow.py or xray_gpu.py;
 the maps need only them and model.keras. To make a sheet of the sample bucket:
 
-    python tests/sample_bucket.py xray_tensorflow.py --cache cache --output runs/sample
+    python tests/sample_bucket.py xray_tensorflow.py --image-size 128 --cache cache \\
+        --output runs/sample
     python tests/tools/contact_sheet.py runs/sample
 """
 
@@ -54,7 +55,7 @@ STRIDE = 32  # pixels of MobileNet's input from one value of its last feature ma
 
 # Inches.
 COLUMNS = 3
-SIDE = 1.75  # of a film and of its map
+SIDE = 1.5  # of a film and of its map
 MARGIN = 0.12
 BETWEEN = 0.25  # two columns, or two rows
 LINE = 0.165  # of text
@@ -211,7 +212,7 @@ def draw_sheet(
             axes.imshow(enlarged, cmap=MAP_COLORS, vmin=-strongest, vmax=strongest)
             write_below(axes, 0, f"scale ± {strongest:.1f}", color="#333333", ha="right")
         top += height
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
 
 
 def draw_header(figure: Figure, size: int, grid: tuple[int, ...]) -> None:
@@ -222,7 +223,7 @@ def draw_header(figure: Figure, size: int, grid: tuple[int, ...]) -> None:
         figure.text(left / width, 1 - top / height, text, va="top", **look)
 
     title = f"Test images as the network sees them ({size} × {size} pixels), and where it looks"
-    write(MARGIN, 0.1, title, fontsize=13)
+    write(MARGIN, 0.1, title, fontsize=12)
     explained = (
         "Below each image: its true and predicted findings, with probability and threshold.\n"
         "Beside it: class activation map of the finding named above the map.\nA map has "
@@ -236,7 +237,7 @@ def draw_header(figure: Figure, size: int, grid: tuple[int, ...]) -> None:
     bar.set_facecolor("#808080")  # a film's grey
     colors = ScalarMappable(Normalize(-1, 1), MAP_COLORS)
     colorbar = figure.colorbar(colors, bar, orientation="horizontal")
-    colorbar.set_ticks([-1, 0, 1], labels=["− scale: lowers", "log-odds", "raises: + scale"])
+    colorbar.set_ticks([-1, 0, 1], labels=["lowers (− scale)", "log-odds", "raises (+ scale)"])
     for tick, side in zip(bar.get_xticklabels(), ("left", "center", "right")):
         tick.set(horizontalalignment=side, fontsize=8.5)
 
