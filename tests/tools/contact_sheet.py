@@ -57,7 +57,8 @@ STRIDE = 32  # pixels of MobileNet's input from one value of its last feature ma
 COLUMNS = 3
 SIDE = 1.5  # of a film and of its map
 MARGIN = 0.12
-BETWEEN = 0.25  # two columns, or two rows
+BETWEEN = 0.25  # two films with their maps
+TITLE = 0.2  # of a film
 LINE = 0.165  # of text
 HEADER = 0.95
 
@@ -95,7 +96,8 @@ def findings(row: pd.Series, thresholds: dict[str, float | None]) -> list[tuple[
 
 def most_probable(row: pd.Series, labels: list[str]) -> str:
     """The most probable finding of an image; "No Finding" is none."""
-    return max(set(labels) - {"No Finding"}, key=lambda label: row[f"probability {label}"])
+    candidates = [label for label in labels if label != "No Finding"]
+    return max(candidates, key=lambda label: row[f"probability {label}"])
 
 
 def read_pixels(cache: Path, config: dict, images: list[str]) -> np.ndarray:
@@ -193,12 +195,12 @@ def draw_sheet(
     """
     size = films.shape[1]
     rows = [range(len(films))[start : start + COLUMNS] for start in range(0, len(films), COLUMNS)]
-    heights = [SIDE + LINE * max(len(told[film]) for film in row) + 0.45 for row in rows]
+    heights = [SIDE + LINE * max(len(told[film]) for film in row) + TITLE + BETWEEN for row in rows]
     pair = 2 * SIDE + 0.04
     width = 2 * MARGIN + COLUMNS * pair + (COLUMNS - 1) * BETWEEN
     figure = Figure(figsize=(width, HEADER + sum(heights)))
     draw_header(figure, size, maps.shape[1:])
-    top = HEADER + 0.2
+    top = HEADER + TITLE
     for row, height in zip(rows, heights):
         for column, film in enumerate(row):
             left = MARGIN + column * (pair + BETWEEN)
