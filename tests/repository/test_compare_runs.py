@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import pytest
-from compare_runs import main
+from compare_runs import draw_learning, main, read_run
+from matplotlib.figure import Figure
 from PIL import Image
 
 ARGUMENTS = {
@@ -44,6 +46,12 @@ def make(tmp_path: Path) -> Callable[..., Path]:
             "auroc": {"mean": 0.8126, "ci95": [0.7994, 0.8251]},
             "target": target,
         }
+        history = "epoch,validation_auroc,seconds,validation_seconds,traced\n"
+        history += (
+            f"1,0.6,{2000 / speed},{100 / speed},True\n2,,{1000 / speed},{100 / speed},False\n"
+        )
+        history += f"3,0.8,{1000 / speed},{100 / speed},False\n"
+        (folder / "history.csv").write_text(history)
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "metrics.json").write_text(json.dumps(metrics))
         return folder
@@ -84,8 +92,21 @@ def test_the_table_and_the_chart(
         ["1 × Tesla T4", "1000.0", "20.00", *scores, "1.0", "3.0"],
         ["2 CPU threads", "80.0", "1.60", *scores, "12.5", "3.0"],
     ]
-    with Image.open("speedup.png") as chart:
-        assert chart.size == (1080, 384)
+    with Image.open("comparison.png") as chart:
+        assert chart.size == (1080, 990)
+
+
+def test_learning_is_drawn_against_epochs_and_seconds(make: Callable[..., Path]) -> None:
+    runs = [read_run(make("a", 50, {"threads": 1})), read_run(make("b", 1000, GPU))]
+    by_epoch, by_second = Figure().subplots(1, 2)
+    draw_learning(by_epoch, by_second, runs)
+    labels = ["1 CPU thread: a", "1 × Tesla T4: b"]
+    for axes, ends in ((by_epoch, [3, 3]), (by_second, [4300 / 50, 4300 / 1000])):
+        assert [line.get_label() for line in axes.lines] == labels
+        assert [line.get_xdata()[-1] for line in axes.lines] == pytest.approx(ends)
+        for line in axes.lines:  # an epoch without AUROC is a gap
+            np.testing.assert_allclose(line.get_ydata(), [0.6, np.nan, 0.8])
+    assert by_second.lines[0].get_xdata()[0] == pytest.approx(2100 / 50)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +143,11 @@ def test_no_sequential_run_or_no_finished_run_is_an_error(
 ) -> None:
     assert main([str(make("a", 90, GPU))]) == 2
     assert "none of the runs is sequential" in capsys.readouterr().err
-    (tmp_path / "a" / "metrics.json").unlink()
-    assert main([str(tmp_path / "a")]) == 2
-    assert (
-        "a has no metrics.json: it is not the folder of a finished run" in capsys.readouterr().err
-    )
+    for name in ("history.csv", "metrics.json"):
+        (tmp_path / "a" / name).unlink()
+        assert main([str(tmp_path / "a")]) == 2
+        problem = f"a has no {name}: it is not the folder of a finished run"
+        assert problem in capsys.readouterr().err
 
 
 def test_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,11 +1,14 @@
-"""Compare runs of the three scripts: a table, and a chart of how many times as fast as one CPU
-thread each trains.
+"""Compare runs of the three scripts: a table on stdout, and a chart of how fast each run trains and
+how it learns.
 
-    python tests/tools/compare_runs.py [--chart speedup.png] runs/*
+    python tests/tools/compare_runs.py [--chart comparison.png] runs/*
 
-reads config.json and metrics.json of each run folder. The runs must be of the same images, split
-and CNN, and one of them sequential (xray_tensorflow.py on one thread): the first of those is what
-the others are compared with. Exit code 2 and one line where they are not.
+The chart shows each run's training speed as a multiple of that of one CPU thread, and its
+validation AUROC against epochs and against seconds of training and validation.
+
+It reads config.json, metrics.json and history.csv of each run folder. The runs must be of the same
+images, split and CNN, and one of them sequential (xray_tensorflow.py on one thread): the first of
+those is what the others are compared with. Exit code 2 and one line where they are not.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 PHASES = ["ingest", "setup", "train", "evaluate"]
+MARKERS = "os^Dv*PX"
 
 
 class CompareError(Exception):
@@ -31,6 +38,7 @@ class Run(NamedTuple):
     folder: Path
     config: dict[str, Any]
     metrics: dict[str, Any]
+    history: pd.DataFrame
 
     @property
     def sequential(self) -> bool:
@@ -54,13 +62,14 @@ class Run(NamedTuple):
 
 def read_run(folder: Path) -> Run:
     """Raises CompareError for a folder that is not of a finished run."""
-    files = [folder / name for name in ("config.json", "metrics.json")]
+    files = [folder / name for name in ("config.json", "metrics.json", "history.csv")]
     for file in files:
         if not file.is_file():
             raise CompareError(
                 f"{folder} has no {file.name}: it is not the folder of a finished run"
             )
-    return Run(folder, *(json.loads(file.read_text(encoding="utf-8")) for file in files))
+    config, metrics = (json.loads(file.read_text(encoding="utf-8")) for file in files[:2])
+    return Run(folder, config, metrics, pd.read_csv(files[2]))
 
 
 def check(runs: list[Run]) -> Run:
@@ -114,13 +123,23 @@ def table(runs: list[Run], base: Run) -> str:
 
 
 def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
+    """Speed-ups above, learning below; a run has the same colour in both."""
+    heights = [1.25 + 0.5 * len(runs), 4 + 0.25 * len(runs)]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, height_ratios=heights)
+    draw_speed(above.subplots(), runs, base)
+    by_epoch, by_second = below.subplots(1, 2, sharey=True)
+    draw_learning(by_epoch, by_second, runs)
+    below.legend(*by_epoch.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_speed(axes: Axes, runs: list[Run], base: Run) -> None:
     """A bar a run, as long as its speed-up; the sequential run's ends at 1."""
-    figure = Figure(figsize=(9, 1.2 + 0.5 * len(runs)), layout="constrained")
-    axes = figure.subplots()
     speed_ups = [run.speed / base.speed for run in runs]
-    bars = axes.barh(
-        range(len(runs)), speed_ups, color=["#999999" if run is base else "#0072B2" for run in runs]
-    )
+    bars = axes.barh(range(len(runs)), speed_ups, color=[f"C{place}" for place in range(len(runs))])
     axes.bar_label(
         bars,
         [f"{ratio:.2f} ×  ({run.speed:.0f} images/s)" for ratio, run in zip(speed_ups, runs)],
@@ -128,10 +147,25 @@ def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
     )
     axes.set_yticks(range(len(runs)), [run.target for run in runs])
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.axvline(1, color="black", linewidth=1, linestyle=":")
     axes.set(xlabel="training speed, times that of one CPU thread", xlim=(0, max(speed_ups) * 1.6))
-    figure.savefig(path, dpi=120)
+
+
+def draw_learning(by_epoch: Axes, by_second: Axes, runs: list[Run]) -> None:
+    """A run's validation AUROC after each epoch, and at which second of training and validation."""
+    for place, run in enumerate(runs):
+        history = run.history
+        look = {"color": f"C{place}", "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
+        look["label"] = f"{run.target}: {run.folder.name}"
+        by_epoch.plot(history["epoch"], history["validation_auroc"], **look)
+        seconds = (history["seconds"] + history["validation_seconds"]).cumsum()
+        by_second.plot(seconds, history["validation_auroc"], **look)
+    by_epoch.set(xlabel="epoch", ylabel="validation mean AUROC")
+    by_epoch.xaxis.get_major_locator().set_params(integer=True)
+    # On a linear scale a GPU's curve would be a twentieth as wide as a CPU thread's.
+    by_second.set(xlabel="seconds of training and validation (log scale)", xscale="log")
+    by_second.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_second.xaxis.set_major_formatter(ScalarFormatter())
 
 
 def main(words: list[str] | None = None) -> int:
@@ -141,7 +175,11 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
-        "--chart", type=Path, default=Path("speedup.png"), help="where the chart goes [%(default)s]"
+        "--chart",
+        type=Path,
+        metavar="PNG",
+        default="comparison.png",
+        help="where the chart goes [%(default)s]",
     )
     arguments = parser.parse_args(words)
     try:
