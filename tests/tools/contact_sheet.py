@@ -131,7 +131,7 @@ def load_model(path: Path) -> Any:
     limit_tensorflow(1)
     import keras
 
-    return keras.models.load_model(path)
+    return keras.models.load_model(path, compile=False)  # Keras warns of some optimizers' state
 
 
 def class_activation_maps(model: Any, pixels: np.ndarray) -> np.ndarray:
