@@ -734,13 +734,13 @@ def speed_up(layers: list[Any]) -> None:
             if is_same_padding(before, conv):  # done by the convolution, it saves 2 % of a step
                 before.call = lambda x: x
                 padding = "SAME"
-            conv.call = functools.partial(fast_convolution, conv, norm, padding)
+            conv.call = functools.partial(fast_convolution, conv, padding)
             norm.call = functools.partial(fast_batch_normalization, norm)
 
 
 def check_convolution(conv: Any, norm: Any) -> None:
-    """Raise ValueError unless fast_convolution computes what `conv` and a frozen `norm` after it
-    compute.
+    """Raise ValueError unless fast_convolution computes what `conv` computes, and
+    fast_batch_normalization what `norm` does after it.
     """
     plain = {
         "a bias": not conv.use_bias,
@@ -748,7 +748,6 @@ def check_convolution(conv: Any, norm: Any) -> None:
         "groups": getattr(conv, "groups", 1) == 1,  # a depthwise one has none to set
         "an activation": conv.activation.__name__ == "linear",
         "channels first": conv.data_format == "channels_last",
-        "an output that others than its normalisation get": len(conv._outbound_nodes) == 1,
         "a normalisation without scale or offset": norm.scale and norm.center,
         "a normalisation of another axis than the channels": norm.axis in (-1, 3),
     }
@@ -774,31 +773,21 @@ def is_same_padding(layer: Any, conv: Any) -> bool:
     )
 
 
-def fast_convolution(conv: Any, norm: Any, padding: str, x: Any) -> Any:
-    """The convolution `conv` of x (n, h, w, c) with `padding`; where its batch normalisation `norm`
-    is frozen, that too.
+def fast_convolution(conv: Any, padding: str, x: Any) -> Any:
+    """The convolution `conv` of x (n, h, w, c) with `padding`.
 
-    A frozen one only scales and shifts each channel: the kernel does that without a pass over the
-    pixels. A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to
-    117 images/s).
+    A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to 117
+    images/s).
     """
     import keras
     import tensorflow as tf
 
     kernel = tf.convert_to_tensor(conv.kernel)
-    scale = norm.gamma * tf.math.rsqrt(norm.moving_variance + norm.epsilon)
     depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
-    if not norm.trainable:
-        by_output = tf.reshape(scale, kernel.shape[2:]) if depthwise else scale
-        kernel *= tf.cast(by_output, kernel.dtype)
     if conv.kernel_size == (1, 1) and conv.strides == (1, 1) and not depthwise:
-        x = tf.tensordot(x, kernel[0, 0], 1)
-    else:
-        convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
-        x = convolve(x, kernel, [1, *conv.strides, 1], padding)
-    if norm.trainable:
-        return x
-    return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
+        return tf.tensordot(x, kernel[0, 0], 1)
+    convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
+    return convolve(x, kernel, [1, *conv.strides, 1], padding)
 
 
 def fast_batch_normalization(
@@ -809,8 +798,6 @@ def fast_batch_normalization(
     """
     import tensorflow as tf
 
-    if not norm.trainable:  # fast_convolution has done it
-        return x
     fused = functools.partial(
         tf.raw_ops.FusedBatchNormV3, x=x, scale=norm.gamma, offset=norm.beta, epsilon=norm.epsilon
     )
@@ -851,12 +838,10 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps.
+            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps. They are
+            # trained from ImageNet's weights too: with frozen ones nothing holds activations in
+            # place, and a learning rate of 8e-4 kills the network (docs/results.md).
             layer.momentum = 0.9
-            # Statistics that come with weights stay as they are. backbone(x, training=False), as
-            # Keras' guide has it, does not see to that: fit passes training=True on to nested
-            # models (Keras 3.10 to 3.15).
-            layer.trainable = source is None
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
     findings = keras.layers.Dense(
@@ -1361,16 +1346,18 @@ def train_epochs(
     `predict(split)`, which gives probabilities (n, 15) in the order of the table.
     """
     labels = labels_by_split(table)
+    dead = False
     for epoch in range(len(history) + 1, epochs + 1):
         start = time.perf_counter()
         loss = trainer.fit_epoch(epoch)
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch} is {loss}: use a smaller --learning-rate")
+        scores = trainer.predict("validation")
         row = {
             "epoch": epoch,
             "loss": loss,
-            **validate(labels["validation"], trainer.predict("validation")),
+            **validate(labels["validation"], scores),
             "seconds": seconds,
             "images_per_second": len(labels["train"]) / seconds,
         }
@@ -1378,7 +1365,26 @@ def train_epochs(
         history = pd.concat([history, pd.DataFrame([row])], ignore_index=True)
         run.keep(trainer.model, history)
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+        dead = dead or warn_if_dead(scores, history["validation_auroc"])
     return history
+
+
+def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
+    """Whether the network has died, which is then said on stderr: it tells the images of its last
+    validation apart by less than 0.001 in each of `scores` (n, 15), or its AUROC was 0.5 in the
+    last two epochs.
+    """
+    last = aurocs.tail(2)
+    blind = np.ptp(scores, axis=0).max() < 1e-3
+    if not blind and not (len(last) == 2 and ((last - 0.5).abs() < 1e-3).all()):
+        return False
+    print(
+        "warning: the network has died, as all images get the same probabilities or AUROC stays "
+        "at 0.5: begin again with a smaller --learning-rate",
+        file=sys.stderr,
+        flush=True,
+    )
+    return True
 
 
 def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
