@@ -1375,7 +1375,7 @@ def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
     last two epochs.
     """
     last = aurocs.tail(2)
-    blind = np.ptp(scores, axis=0).max() < 1e-3
+    blind = len(scores) > 1 and np.ptp(scores, axis=0).max() < 1e-3
     if not blind and not (len(last) == 2 and ((last - 0.5).abs() < 1e-3).all()):
         return False
     print(
