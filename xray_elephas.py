@@ -31,9 +31,9 @@ each task slot trains a copy of the model on its share of the images, by Elephas
   A lost executor ends the run, since a repeated task would add its changes twice; --resume goes on
   from the last epoch that was kept, each copy's Adam anew. The server asks for a key that the run
   makes; traffic with it is not encrypted: use a private network.
-The learning rate is --learning-rate times the workers. Settings of Spark that you name win over the
-script's, but for dynamic allocation, which is off: the images are divided once among a fixed number
-of workers.
+The learning rate is --learning-rate times the square root of the workers. Settings of Spark that
+you name win over the script's, but for dynamic allocation, which is off: the images are divided
+once among a fixed number of workers.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -150,10 +150,9 @@ def main() -> None:
                 run.check_resumed(table, target={})
                 import_tensorflow()
                 model = build_cnn(arguments, labels_by_split(table)["train"])
-                # The mean of N workers' steps goes an Nth of the way of one worker's N. Adam's
-                # square root rule (Malladi et al., arXiv:2205.10287) is for one N-fold batch, whose
-                # gradient has less noise to divide by; a worker's batch has as much as ever.
-                model.optimizer.learning_rate = arguments.learning_rate * arguments.workers
+                # The mean of N workers' steps has the noise of an N-fold batch, for which Adam's
+                # rate grows by the square root: Malladi et al., arXiv:2205.10287.
+                model.optimizer.learning_rate = arguments.learning_rate * arguments.workers**0.5
                 kept = model if arguments.mode == SYNCHRONOUS else weights_alone(model)
                 history = run.restore(kept)
             with timed(seconds, "ingest"):
@@ -1439,7 +1438,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         "of Adam [%(default)s]",
         metavar="X",
         type=number(float, 1e-12, 10),
-        default=1e-4,
+        default=1e-3,
     )
     add("--flip", "flip training images from side to side at random", action="store_true")
     add(

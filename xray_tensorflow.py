@@ -260,7 +260,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         "of Adam [%(default)s]",
         metavar="X",
         type=number(float, 1e-12, 10),
-        default=1e-4,
+        default=1e-3,
     )
     add("--flip", "flip training images from side to side at random", action="store_true")
     add(
