@@ -5,6 +5,8 @@ docs/results.md.
     python tests/benchmark/benchmark.py                    everything, on two idle cores
     python tests/benchmark/benchmark.py steps pixels       these groups alone; the other tables stay as they are
 
+XRAY_WEIGHTS names a file of ImageNet's weights where Keras cannot download them.
+
 Nothing is compared with a figure of another day: the peers of a table take turns in one run. A
 ratio is that of medians. All of it takes about an hour.
 """
@@ -512,7 +514,8 @@ def learning() -> str:
     """Seconds of training until the mean AUROC of the validation split is 0.80, and what workers
     cost in learning.
     """
-    return f"{seconds_to_learn()}\n\n{cost_of_workers()}"
+    put(SCALING, "workers", f"{cost_of_workers()}\n\n{measured_by('learning')}")
+    return seconds_to_learn()
 
 
 def seconds_to_learn() -> str:
