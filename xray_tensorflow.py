@@ -650,12 +650,10 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps.
+            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps. They are
+            # trained from ImageNet's weights too: with frozen ones nothing holds activations in
+            # place, and a learning rate of 8e-4 kills the network (docs/results.md).
             layer.momentum = 0.9
-            # Statistics that come with weights stay as they are. backbone(x, training=False), as
-            # Keras' guide has it, does not see to that: fit passes training=True on to nested
-            # models (Keras 3.10 to 3.15).
-            layer.trainable = source is None
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
     findings = keras.layers.Dense(15, activation="sigmoid", dtype="float32", name="findings")
@@ -709,12 +707,12 @@ def speed_up(layers: list[Any]) -> None:
         if is_same_padding(before, conv):  # done by the convolution, it saves 2 % of a step
             before.call = lambda x: x
             padding = "SAME"
-        conv.call = functools.partial(fast_convolution, conv, norm, padding)
+        conv.call = functools.partial(fast_convolution, conv, padding)
         norm.call = functools.partial(fast_batch_normalization, norm)
 
 
 def is_plain(conv: Any, norm: Any) -> bool:
-    """Whether fast_convolution computes what the layers `conv` and, frozen, `norm` compute."""
+    """Whether the fast functions compute what the layers `conv` and `norm` compute."""
     import keras
 
     return (
@@ -724,7 +722,6 @@ def is_plain(conv: Any, norm: Any) -> bool:
         and getattr(conv, "groups", 1) == 1  # a depthwise one has none to set
         and conv.activation.__name__ == "linear"
         and conv.data_format == "channels_last"
-        and len(conv._outbound_nodes) == 1  # only its normalisation gets the output
         and norm.scale
         and norm.center
         and norm.axis in (-1, 3)
@@ -748,30 +745,21 @@ def is_same_padding(layer: Any, conv: Any) -> bool:
     )
 
 
-def fast_convolution(conv: Any, norm: Any, padding: str, x: Any) -> Any:
-    """The convolution `conv` of x (n, h, w, c), and its batch normalisation where that is frozen.
+def fast_convolution(conv: Any, padding: str, x: Any) -> Any:
+    """The convolution `conv` of x (n, h, w, c) with `padding`.
 
-    A frozen one only scales and shifts each channel: the kernel does that without a pass over the
-    pixels. A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to
-    117 images/s).
+    A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to 117
+    images/s).
     """
     import keras
     import tensorflow as tf
 
     kernel = tf.convert_to_tensor(conv.kernel)
-    scale = norm.gamma * tf.math.rsqrt(norm.moving_variance + norm.epsilon)
     depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
-    if not norm.trainable:
-        by_output = tf.reshape(scale, kernel.shape[2:]) if depthwise else scale
-        kernel *= tf.cast(by_output, kernel.dtype)
     if conv.kernel_size == (1, 1) and conv.strides == (1, 1) and not depthwise:
-        x = tf.tensordot(x, kernel[0, 0], 1)
-    else:
-        convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
-        x = convolve(x, kernel, [1, *conv.strides, 1], padding)
-    if norm.trainable:
-        return x
-    return x + tf.cast(norm.beta - norm.moving_mean * scale, x.dtype)
+        return tf.tensordot(x, kernel[0, 0], 1)
+    convolve = tf.nn.depthwise_conv2d if depthwise else tf.nn.conv2d
+    return convolve(x, kernel, [1, *conv.strides, 1], padding)
 
 
 def fast_batch_normalization(
@@ -783,11 +771,9 @@ def fast_batch_normalization(
     """
     import tensorflow as tf
 
-    if not norm.trainable:  # fast_convolution has done it
-        return x
     parameters = {"scale": norm.gamma, "offset": norm.beta, "epsilon": norm.epsilon}
     fused = functools.partial(tf.raw_ops.FusedBatchNormV3, x=x, **parameters)
-    if not training:
+    if not (training and norm.trainable):
         return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
     result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
     count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
@@ -818,28 +804,47 @@ def train_epochs(trainer: Trainer, run: "Run") -> None:
     """
     labels = labels_by_split(run.table)
     first = len(run.history) + 1
+    dead = False
     for epoch in range(first, run.arguments.epochs + 1):
         start = time.perf_counter()
         loss = trainer.fit_epoch(epoch)
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch} is {loss}: use a smaller --learning-rate")
+        scores = trainer.predict("validation")
         row = {
             "epoch": epoch,
             "loss": loss,
-            **validate(labels["validation"], trainer.predict("validation")),
+            **validate(labels["validation"], scores),
             "seconds": seconds,
             "images_per_second": len(labels["train"]) / seconds,
         }
         row["validation_seconds"] = time.perf_counter() - start - seconds
         run.keep({**row, "traced": epoch == first})
         show(row)
+        dead = dead or warn_if_dead(scores, run.history["validation_auroc"])
 
 
 def show(row: dict[str, float], screen: Optional[TextIO] = None) -> None:
     """Print an epoch's row of the history as one line."""
     numbers = (f"{name} {value:.4g}" for name, value in row.items())
     print("  ".join(numbers), file=screen, flush=True)
+
+
+def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
+    """Whether the network has died, which is then said on stderr.
+
+    It gives all images the same probabilities `scores` (n, 15), but for 0.001, or its AUROC was
+    0.5 in the last two epochs.
+    """
+    last = aurocs.tail(2)
+    blind = len(scores) > 1 and np.ptp(scores, axis=0).max() < 1e-3
+    if not blind and not (len(last) == 2 and ((last - 0.5).abs() < 1e-3).all()):
+        return False
+    problem = "all images get the same probabilities, or AUROC stays at 0.5"
+    fix = "begin again with a smaller --learning-rate"
+    print(f"warning: the network has died ({problem}): {fix}", file=sys.stderr, flush=True)
+    return True
 
 
 def batches(
@@ -1621,7 +1626,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         ("weights", "W", str, "imagenet", "imagenet, none or path of a weights file"),
         ("epochs", "N", whole, 5, "passes over the training split"),
         ("batch-size", "N", whole, 32, "images a training step"),
-        ("learning-rate", "X", number(float, 1e-12, 10), 1e-4, "of Adam"),
+        ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "of Adam"),
         ("seed", "N", number(int, 0, 2**32 - 1), 0, "of split and training"),
         ("cache", "DIR", str, "cache/", "decoded pixels, reused by later runs"),
         ("max-skipped", "F", number(float, 0, 1), 0.01, "share of unreadable images allowed"),

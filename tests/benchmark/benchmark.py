@@ -5,6 +5,8 @@ docs/results.md.
     python tests/benchmark/benchmark.py                    everything, on two idle cores
     python tests/benchmark/benchmark.py steps pixels       these groups alone; the other tables stay as they are
 
+XRAY_WEIGHTS names a file of ImageNet's weights where Keras cannot download them.
+
 Nothing is compared with a figure of another day: the peers of a table take turns in one run. A
 ratio is that of medians. All of it takes about an hour.
 """
@@ -31,8 +33,9 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import peers
@@ -49,6 +52,8 @@ from static_s3 import static_s3  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
 SCALING = ROOT / "docs" / "scaling.md"
+# Start of the workers that learn; a path of Keras' weights where there is no network.
+WEIGHTS = os.environ.get("XRAY_WEIGHTS", "imagenet")
 LATENCY = 0.05  # seconds of a GET: what S3 takes for its first byte
 
 
@@ -188,28 +193,18 @@ def summary(speeds: dict[str, list[float]], ours: list[float], who: str) -> str:
 
 
 def steps() -> str:
-    """Training alone: the CNN of 128 pixels, batches of 32, float32, pixels in memory."""
-    parts = []
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "One thread, from scratch": "none",
-            "One thread, statistics of pretrained weights frozen (`--weights imagenet`)": (
-                save_weights(folder)
-            ),
-        }
-        for title, weights in settings.items():
-            arguments = arguments_of("--weights", weights, "--epochs", 1000, threads=1)
-            speeds = compare_trainers(arguments, 3)
-            ours = speeds[OURS]
-            rows = [
-                (name, figures(speeds[name]), times(ours, speeds[name]))
-                if name in speeds
-                else (name, f"not measured: {what_lacks(name)}", "")
-                for name in TRAINERS
-            ]
-            rates = table("what | images a second | xray_tensorflow.py against it", rows)
-            parts.append(f"**{title}**\n\n{rates}\n\n{summary(speeds, ours, OURS)}")
-    return "\n\n".join(parts)
+    """Training alone: the CNN of 128 pixels, batches of 32, float32, pixels in memory, one thread."""
+    arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=1)
+    speeds = compare_trainers(arguments, 3)
+    ours = speeds[OURS]
+    rows = [
+        (name, figures(speeds[name]), times(ours, speeds[name]))
+        if name in speeds
+        else (name, f"not measured: {what_lacks(name)}", "")
+        for name in TRAINERS
+    ]
+    rates = table("one thread | images a second | xray_tensorflow.py against it", rows)
+    return f"{rates}\n\n{summary(speeds, ours, OURS)}"
 
 
 def cores() -> str:
@@ -235,20 +230,6 @@ def cores() -> str:
         ("two processes of it, which share nothing", figures(together), times(together, one)),
     ]
     return table("128 pixels, from scratch, no Spark | images a second | against one core", rows)
-
-
-def save_weights(folder: str) -> str:
-    """A file of weights for the CNN, made in a process of its own: which ones does not change the
-    speed.
-    """
-    path = f"{folder}/mobilenet.weights.h5"
-    code = "import sys, keras; m = keras.applications.MobileNet((128, 128, 3), include_top=False, weights=None); "
-    subprocess.run(
-        [sys.executable, "-c", code + "m.save_weights(sys.argv[1])", path],
-        check=True,
-        capture_output=True,
-    )
-    return path
 
 
 # ---- a bucket of any size ----
@@ -382,21 +363,25 @@ def bound_by_the_lock(whole: float, undecoded: float) -> str:
 # ---- whole scripts ----
 
 
-def run_whole(script: str, options: list[Any], output: Path, workers: int = 2) -> dict:
+def run_whole(
+    script: str, options: list[Any], output: Path, workers: int = 2, master: str = ""
+) -> dict:
     """A script's result line; its history as `history`, and the JVM's peak memory in MB where it
     has one.
+
+    Elephas runs on `master`, or else on an executor of one core for each of `workers`.
     """
     command = [Path(sys.executable), ROOT / script]
     if script == "xray_elephas.py":
         command = [
             Path(sys.executable).with_name("spark-submit"),
-            *("--master", f"local-cluster[{workers},1,1024]"),
+            *("--master", master or f"local-cluster[{workers},1,1024]"),
             # So small that what Java has in memory is what it needs, not garbage that it had no
             # reason to collect.
             *("--driver-memory", "512m"),
             command[1],
         ]
-    command += [*options, "--weights", "none", "--output", output]
+    command += ["--weights", "none", *options, "--output", output]
     print("running:", *command, flush=True)
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}
@@ -526,6 +511,14 @@ def seconds_of(run: dict) -> float:
 
 
 def learning() -> str:
+    """Seconds of training until the mean AUROC of the validation split is 0.80, and what workers
+    cost in learning.
+    """
+    put(SCALING, "workers", f"{cost_of_workers()}\n\n{measured_by('learning')}")
+    return seconds_to_learn()
+
+
+def seconds_to_learn() -> str:
     """Seconds of training, validation included, until the mean AUROC of the validation split is
     0.80.
     """
@@ -561,6 +554,131 @@ def learning() -> str:
         "test AUROC of the best epoch"
     )
     return table(head, rows)
+
+
+# Of 32 pixels: those of the validation split tell networks apart by about 0.02, and a run takes half
+# a minute.
+FILMS, FILM_SIZE, FILM_EPOCHS = 1500, 32, 5
+SEEDS = (0, 1, 2)
+WORKERS = (1, 2, 4, 8, 16)
+CHART = ROOT / "docs" / "workers.svg"
+
+
+class Learner(NamedTuple):
+    """A way to train: `script` with `options`, on Spark with `slots` task slots."""
+
+    name: str
+    script: str
+    options: list[Any]
+    slots: int = 2
+
+    def runs(self, credentials: Path, folder: Path, weights: str) -> list[pd.DataFrame]:
+        """The history of each seed, with `spent`: seconds of training from the start to the end of
+        each epoch.
+        """
+        histories = []
+        for seed in SEEDS:
+            result = run_whole(
+                self.script,
+                [
+                    *("--credentials", credentials, "--cache", folder / f"cache-{self.script}"),
+                    *("--weights", weights, "--image-size", FILM_SIZE, "--batch-size", 8),
+                    *("--epochs", FILM_EPOCHS, "--seed", seed, *self.options),
+                ],
+                folder / f"{self.name}-{seed}",
+                master=f"local[{self.slots}]",
+            )
+            history = result["history"]
+            histories.append(history.assign(spent=history["seconds"].cumsum()))
+        return histories
+
+
+def learners() -> list[Learner]:
+    """N workers by each rule, one process with the N-fold batch, and the asynchronous modes."""
+    rate = helpers.parse().learning_rate
+    one, many = "xray_tensorflow.py", "xray_elephas.py"
+    found = [
+        Learner(f"{count} workers" if count > 1 else "1 worker", many, ["--workers", count])
+        for count in WORKERS
+    ]
+    for count in WORKERS:
+        # The script's own factor is the root of the number of workers.
+        words = ["--batch-size", 8 * count, "--learning-rate", rate * count**0.5]
+        found.append(Learner(f"one process, {count}-fold batch", one, words))
+    for name, factor in (
+        ("the default rate as it is", 8**-0.5),
+        ("8 times the default rate", 8**0.5),
+    ):
+        words = ["--workers", 8, "--learning-rate", rate * factor]
+        found.append(Learner(f"8 workers, {name}", many, words))
+    for mode in ("asynchronous", "hogwild"):
+        for count in (2, 8):
+            words = ["--workers", count, "--mode", mode]
+            found.append(Learner(f"{count} workers, {mode}", many, words, slots=count))
+    return found
+
+
+def cost_of_workers() -> str:
+    """Validation AUROC of N workers, by epochs and by seconds, beside one process with the N-fold
+    batch; writes CHART.
+    """
+    histories = {}
+    with served(drawn_bucket(FILMS, FILM_SIZE)) as (folder, credentials):
+        for learner in learners():
+            histories[learner.name] = learner.runs(credentials, folder, WEIGHTS)
+    draw_workers(histories)
+    rows = [
+        (
+            name,
+            *(
+                figures([run["validation_auroc"][epoch - 1] for run in runs], 3)
+                for epoch in (1, 3, FILM_EPOCHS)
+            ),
+            figures([run["validation_auroc"].max() for run in runs], 3),
+            figures([run["spent"].iloc[-1] for run in runs], 0),
+        )
+        for name, runs in histories.items()
+    ]
+    head = (
+        f"{FILMS:,} drawn films of {FILM_SIZE} pixels, batches of 8: validation AUROC | "
+        f"epoch 1 | epoch 3 | epoch {FILM_EPOCHS} | best epoch | seconds of training, two cores"
+    )
+    return table(head, rows)
+
+
+def drawn_bucket(images: int, size: int) -> dict[str, bytes]:
+    """Label file and radiographs by key, of one patient each, which show what their labels say."""
+    rows, draw = read_rows(), random.Random(0)
+    named = [(f"{image + 1:08d}_000.png", draw.choice(rows)[1]) for image in range(images)]
+    films = {f"images/{name}": draw_radiograph(name, found, size) for name, found in named}
+    return {"Data_Entry_2017_v2020.csv": helpers.label_file(named).encode(), **films}
+
+
+def draw_workers(histories: dict[str, list[pd.DataFrame]]) -> None:
+    """The chart of validation AUROC by epochs and by seconds: median of the seeds, and their
+    range.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    shown = [name for name in histories if re.fullmatch(r"\d+ workers?", name)]
+    for index, name in enumerate(shown):
+        aurocs = np.array([run["validation_auroc"] for run in histories[name]])
+        spent = np.median([run["spent"] for run in histories[name]], axis=0)
+        epochs = np.arange(1, FILM_EPOCHS + 1)
+        for axis, x in zip(axes, (epochs, spent)):
+            axis.plot(x, np.median(aurocs, axis=0), f"C{index}o-", ms=3, label=name)
+            axis.fill_between(
+                x, aurocs.min(axis=0), aurocs.max(axis=0), color=f"C{index}", alpha=0.1
+            )
+        count = name.split()[0]
+        folded = histories[f"one process, {count}-fold batch"]
+        median = np.median([run["validation_auroc"] for run in folded], axis=0)
+        axes[0].plot(epochs, median, f"C{index}--", lw=1)
+    axes[0].plot([], [], "k--", lw=1, label="one process, N-fold batch")
+    axes[0].set(xlabel="epochs", ylabel="validation AUROC", xticks=epochs)
+    axes[1].set(xlabel="seconds of training on two cores")
+    axes[0].legend(fontsize=8)
+    figure.savefig(CHART, metadata={"Date": None})
+    plt.close(figure)
 
 
 def sample() -> dict[str, bytes]:

@@ -154,13 +154,7 @@ def pytorch(
     model, loss_of = pytorch_mobilenet().train(), torch.nn.BCEWithLogitsLoss()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(memory_format=memory_format)
-    if arguments.weights != "none":  # statistics, scale and offset stay, as in the other peers
-        for layer in model:
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(
-        [weight for weight in model.parameters() if weight.requires_grad], 1e-4, eps=1e-7
-    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, eps=1e-7)
     logits_of = torch.compile(model) if compiled else model
 
     def epoch() -> None:

@@ -1,5 +1,5 @@
-"""The CNN: its form and start, --weights, frozen statistics, and that the fast layers compute what
-Keras' own do.
+"""The CNN: its form and start, --weights, statistics that are trained, and that the fast layers
+compute what Keras' own do.
 """
 
 from __future__ import annotations
@@ -154,27 +154,24 @@ def test_what_is_computed_is_what_keras_computes(
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
-def test_weights_of_a_file_and_their_statistics_stay(
+def test_weights_of_a_file_are_the_start_and_all_of_them_are_trained(
     backbone: Any, weights_file: str, truth: np.ndarray, keras: Any
 ) -> None:
-    arguments = options("--weights", weights_file, "--learning-rate", "1e-2")
+    arguments = options("--weights", weights_file)
     model = xray.build_cnn(arguments, truth)
     for mine, theirs in zip(of_backbone(model), of_backbone(backbone)):
         assert np.array_equal(mine, theirs)
-    before = statistics(model)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32), np.uint8)
     table = pd.DataFrame(truth[:24], columns=xray.LABELS).assign(
         split=["train"] * 16 + ["validation"] * 8
     )
     trainer = xray.KerasTrainer(model, pixels, table, arguments)
     trainer.fit_epoch(1)
-    assert all(np.array_equal(old, new) for old, new in zip(before, statistics(model)))
-    kernels = [
+    moved = [
         not np.array_equal(mine, theirs)
         for mine, theirs in zip(of_backbone(model), of_backbone(backbone))
-        if mine.ndim == 4
     ]
-    assert all(kernels), "the convolutions must learn"
+    assert all(moved), "kernels, scale, offset and statistics must learn"
     assert trainer.predict("validation").shape == (8, 15)
 
 
@@ -234,15 +231,10 @@ def test_weights_that_cannot_be_had_leave_no_run_folder(fails: Callable, tmp_pat
 # ---- what speed_up takes and what it leaves alone ----
 
 
-def small(keras: Any, conv: Any, norm: Any | None = None, second: bool = False) -> list[Any]:
-    """The layers of a model: a convolution, its normalisation, and where asked for one more that
-    gets its output.
-    """
+def small(keras: Any, conv: Any, norm: Any | None = None) -> list[Any]:
+    """The layers of a model: a convolution and its normalisation."""
     inputs = keras.Input((8, 8, 4))
-    x = conv(inputs)
-    outputs = [(norm or keras.layers.BatchNormalization())(x)]
-    if second:
-        outputs.append(keras.layers.ReLU()(x))
+    outputs = (norm or keras.layers.BatchNormalization())(conv(inputs))
     return keras.Model(inputs, outputs).layers
 
 
@@ -261,7 +253,6 @@ def test_layers_of_another_kind_stay_as_they_are(keras: Any) -> None:
         small(keras, conv(data_format="channels_first")),
         small(keras, conv(), norm(scale=False)),
         small(keras, conv(), norm(axis=1)),
-        small(keras, conv(), second=True),
         small(keras, keras.layers.DepthwiseConv2D(3)),
         small(keras, keras.layers.ReLU()),
     ]
@@ -282,7 +273,6 @@ def test_another_network_computes_the_same(keras: Any, name: str) -> None:
     assert network(images).numpy() == pytest.approx(wanted, abs=1e-4)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     "conv",
     [
@@ -296,7 +286,7 @@ def test_another_network_computes_the_same(keras: Any, name: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["Conv2D", "DepthwiseConv2D"])
-def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: bool) -> None:
+def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict) -> None:
     how = {
         "kernel_size": 3,
         **conv,
@@ -307,7 +297,6 @@ def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: 
     random = np.random.default_rng(0)
     start = [random.uniform(0.5, 2, weight.shape) for weight in norm.get_weights()]
     norm.set_weights(start)
-    norm.trainable = not frozen
     model = keras.Model(layers[0].output, layers[-1].output)
     images = random.normal(size=(3, 8, 8, 4)).astype(np.float32)
     wanted = [model(images, training=training).numpy() for training in (False, True)]
@@ -319,10 +308,7 @@ def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict, frozen: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen", [False, True])
-def test_another_backbone_without_biases_is_computed_as_keras_does(
-    keras: Any, frozen: bool
-) -> None:
+def test_another_backbone_without_biases_is_computed_as_keras_does(keras: Any) -> None:
     backbone = keras.applications.MobileNetV2(
         weights=None, include_top=False, input_shape=(64, 64, 3), pooling="avg"
     )
@@ -335,11 +321,8 @@ def test_another_backbone_without_biases_is_computed_as_keras_does(
     backbone(images, training=True)  # statistics that let a signal through
     for layer in norms:
         layer.momentum = 0.9
-        layer.trainable = not frozen
     plain = keras.models.clone_model(backbone)
     plain.set_weights(backbone.get_weights())
-    for layer, twin in zip(backbone.layers, plain.layers):
-        twin.trainable = layer.trainable
     xray.speed_up(backbone.layers)
     assert sum("call" in vars(layer) for layer in norms) == len(norms) == 52
     for training in (False, True):

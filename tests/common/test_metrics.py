@@ -100,3 +100,29 @@ def test_threshold_of_the_best_youden_index(truth: list, scores: list, threshold
 @pytest.mark.parametrize("truth", [0, 1])
 def test_no_threshold_for_a_label_of_one_class(truth: int) -> None:
     assert math.isnan(xray.best_threshold(np.full(5, truth), np.arange(5) / 5))
+
+
+ALIVE = np.repeat([[0.2], [0.25], [0.21]], 15, axis=1)
+BLIND = np.repeat([[0.2], [0.2004], [0.2008]], 15, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "aurocs", "dead"),
+    [
+        (ALIVE, [0.6], False),
+        (BLIND, [0.6], True),
+        (np.hstack([BLIND[:, :14], ALIVE[:, :1]]), [0.6], False),  # one label is told apart
+        (ALIVE, [0.5], False),
+        (ALIVE, [0.5, 0.5], True),
+        (ALIVE, [0.6, 0.4999, 0.5001], True),
+        (ALIVE, [0.5, 0.5, 0.6], False),
+        (ALIVE, [0.48, 0.51], False),
+        (ALIVE, [math.nan, math.nan], False),  # no label has both classes
+        (ALIVE[:1], [math.nan], False),  # one image cannot be told from another
+    ],
+)
+def test_a_network_has_died_where_it_tells_no_image_from_another(
+    scores: np.ndarray, aurocs: list[float], dead: bool, capsys: pytest.CaptureFixture
+) -> None:
+    assert xray.warn_if_dead(scores, pd.Series(aurocs)) == dead
+    assert ("smaller --learning-rate" in capsys.readouterr().err) == dead

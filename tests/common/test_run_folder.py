@@ -250,8 +250,8 @@ class Trainer:
         self.validated = {"validation_loss": 1.0, "validation_auroc": self._aurocs[epoch - 1]}
         return 1.0
 
-    def predict(self, split: str) -> None:
-        return None
+    def predict(self, split: str) -> np.ndarray:
+        return np.repeat([[0.1], [0.9]], 15, axis=1)
 
 
 def train(model: Any, patch: pytest.MonkeyPatch, aurocs: list[float], *options: Any) -> xray.Run:
@@ -275,6 +275,16 @@ def test_the_weights_of_the_best_epoch_are_kept_across_resumes(
         train(model, monkeypatch, aurocs[:epochs], *resume)
         assert model.get_weights()[0].item() == best
         assert checkpoints() == {f"checkpoint-{best}", f"checkpoint-{epochs}"}
+
+
+def test_a_dead_network_is_said_once_and_trained_on(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = train(model, monkeypatch, [0.6, 0.5, 0.5, 0.5, 0.8, 0.5, 0.5])
+    assert len(run.history) == 7
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the network has died")
+    assert "a smaller --learning-rate" in line
 
 
 def test_a_resume_goes_on_from_the_last_epoch_not_from_the_best(

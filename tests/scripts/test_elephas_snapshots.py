@@ -244,6 +244,25 @@ def test_checkpoints_have_no_state_of_adam(model: Any) -> None:
     assert size < with_adam.stat().st_size
 
 
+class Blind(Trainer):
+    """All images look alike from epoch 3 on."""
+
+    def predict(self, split: str) -> np.ndarray:
+        scores = super().predict(split)
+        epoch = self.model.get_weights()[0].flat[0]
+        return scores if epoch <= 2 else np.full_like(scores, 0.5)
+
+
+def test_a_dead_network_is_said_once(model: Any, capsys: pytest.CaptureFixture) -> None:
+    run = xray.Run(xray.elephas_parser().parse_args(["--output", "mine"]), {})
+    run.check(TABLE, {})
+    run.open(TABLE, xray.weights_alone(model))
+    xray.train_asynchronously(Blind(model), run)
+    run._lock.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the network has died")
+
+
 class DiesAsItValidates(Trainer):
     """In epoch 3."""
 
