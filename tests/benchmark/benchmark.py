@@ -643,7 +643,8 @@ def cost_of_workers() -> str:
         f"{FILMS:,} drawn films of {FILM_SIZE} pixels, batches of 8: validation AUROC | "
         f"epoch 1 | epoch 3 | epoch {FILM_EPOCHS} | best epoch | seconds of training, two cores"
     )
-    return table(head, rows)
+    chart = f"![Validation AUROC by epochs and by seconds for 1 to 16 workers]({CHART.name})"
+    return f"{table(head, rows)}\n\n{chart}"
 
 
 def drawn_bucket(images: int, size: int) -> dict[str, bytes]:

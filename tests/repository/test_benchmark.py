@@ -78,6 +78,28 @@ def test_the_made_up_bucket_is_one_for_the_scripts() -> None:
     assert pixels.shape == (64, 64)
 
 
+def test_drawn_films_show_what_their_labels_say() -> None:
+    objects = benchmark.drawn_bucket(20, size=64)
+    lines = objects["Data_Entry_2017_v2020.csv"].decode().splitlines()[1:]
+    for name, findings, _ in (line.split(",") for line in lines):
+        film = benchmark.draw_radiograph(name, findings.split("|"), 64)
+        assert objects[f"images/{name}"] == film
+
+
+def test_the_chart_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "CHART", tmp_path / "workers.svg")
+    runs = [
+        pd.DataFrame({"validation_auroc": np.linspace(0.5, top, 5), "spent": range(10, 60, 10)})
+        for top in (0.8, 0.9, 0.85)
+    ]
+    names = [learner.name for learner in benchmark.learners()]
+    assert len(set(names)) == len(names)
+    benchmark.draw_workers(dict.fromkeys(names, runs))
+    shown = (tmp_path / "workers.svg").read_text()
+    assert "<svg" in shown
+    assert len(shown) < 100_000
+
+
 def test_the_pngs_are_as_most_are() -> None:
     """Grey, and not of the sample's quick compression."""
     (png,) = {
