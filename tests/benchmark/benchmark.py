@@ -253,9 +253,16 @@ def made_up_bucket(images: int, size: int = 1024, distinct: int = 40) -> dict[st
 
 
 @contextmanager
-def served(objects: dict[str, bytes]) -> Iterator[tuple[Path, Path]]:
-    """A folder, and the credentials file of an S3 server with these objects, 50 ms away."""
-    with static_s3(objects, LATENCY) as endpoint, tempfile.TemporaryDirectory() as folder:
+def served(
+    objects: dict[str, bytes], latency: float = LATENCY, processes: int = 1
+) -> Iterator[tuple[Path, Path]]:
+    """A folder, and the credentials file of an S3 server with these objects, `latency` seconds
+    away.
+    """
+    with (
+        static_s3(objects, latency, processes=processes) as endpoint,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         yield Path(folder), write_credentials(Path(folder), endpoint)
 
 
@@ -278,8 +285,7 @@ def pixels() -> str:
             named = {peer.__name__: peers.Peer(peer, arguments, images) for peer in chosen}
             return list(peers.take_turns(named, rounds).values())
 
-        *stages, undecoded = turns(1000, 4, *INGEST.values(), peers.ingest_without_decoding)
-        # On more images, as most of what it takes for few is to connect and list.
+        stages = turns(1000, 4, *INGEST.values())
         (cached,) = turns(4000, 5, peers.our_cached_start)
         naive, training = turns(192, 3, peers.training_from_the_bucket, peers.our_training)
     spent = [processor_time(each) for each in stages]
@@ -287,7 +293,6 @@ def pixels() -> str:
         [turn.images_per_second for turn in each]
         for each in (stages[0], stages[-1], cached, naive, training)
     )
-    put(SCALING, "lock", bound_by_the_lock(spent[-1], processor_time(undecoded)))
     rows = [
         ("Pillow decoding the same files from memory, nothing else", figures(bare), ""),
         (
@@ -296,7 +301,7 @@ def pixels() -> str:
             f"{times(ours, bare)} (against bare decoding)",
         ),
         (
-            "xray_tensorflow.py, 4,000 images from the cache",
+            "xray_tensorflow.py, 4,000 images from the cache, without list and labels",
             figures(cached),
             f"{times(cached, ours)} (against ingest)",
         ),
@@ -347,17 +352,52 @@ def stages_of_an_image(spent: list[float]) -> str:
     return table("part of an image's ingest, one core | ms of processor time | share", rows)
 
 
-def bound_by_the_lock(whole: float, undecoded: float) -> str:
-    """From how many cores on Python's lock, and the number of requests, bind one process."""
-    requests = 32 / LATENCY
-    return (
-        f"An image takes {whole:.2f} ms of a core, and {undecoded:.2f} ms with the decoding left "
-        f"out. In these {share(undecoded, whole)} Python's lock is held, but for the copying from "
-        f"sockets, so it binds one process from about {whole / undecoded:.1f} cores on. 32 "
-        f"requests of {1000 * LATENCY:.0f} ms give at most {requests:.0f} images a second, as many "
-        f"as {requests * whole / 1000:.1f} such cores take in "
-        "([measured](results.md#from-the-bucket-to-pixels))."
+# ---- ingest on all cores ----
+
+# Without an image to fetch, a process makes its client and sends an empty group.
+START = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import xray_tensorflow as xray
+xray.hold_to_cores(1)
+keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+start = time.perf_counter()
+((pipe, process),) = xray.start_processes(keys, "any", [{}], 128).items()
+pipe.recv()
+print(time.perf_counter() - start)
+"""
+
+
+def ingest() -> str:
+    """A process for each core against one process with as many threads, on all cores at hand."""
+    cores = len(os.sched_getaffinity(0))
+    images = 1500 * cores  # from 1,000 for each on, there are as many processes
+    rows = []
+    for size, latency in ((1024, LATENCY), (1024, 0), (64, 0)):
+        bucket = made_up_bucket(images, size)
+        with served(bucket, latency, processes=max(2, cores // 4)) as (folder, credentials):
+            arguments = arguments_of(
+                "--credentials", credentials, threads=cores, folder=str(folder)
+            )
+            able = {
+                name: peers.Peer(peer, arguments, images)
+                for name, peer in (("one", peers.ingest_by_one), ("all", peers.our_ingest))
+            }
+            speeds = peers.measure_in_turns(able, 2)
+        what = f"{size} x {size}, {1000 * latency:.0f} ms a GET"
+        one, each = speeds["one"], speeds["all"]
+        rows.append((what, figures(one, 0), figures(each, 0), times(each, one)))
+    head = (
+        f"{images:,} images, {cores} cores, which serve S3 as well | one process, images a second "
+        "| a process for each core | ratio"
     )
+    command = [sys.executable, "-c", START, str(ROOT)]
+    starts = [float(subprocess.check_output(command)) for _ in range(3)]
+    kept = (
+        f"A process takes {figures(starts)} s of one core before it fetches, which the figures "
+        "include. For less than 1,000 images a core, or on one core, none is started."
+    )
+    return f"{table(head, rows)}\n\n{kept}"
 
 
 # ---- whole scripts ----
@@ -920,7 +960,8 @@ def share(part: float, whole: float) -> str:
 
 
 GROUPS = {
-    group.__name__: group for group in (steps, profile, cores, pixels, scripts, learning, growth)
+    group.__name__: group
+    for group in (steps, profile, cores, pixels, ingest, scripts, learning, growth)
 }
 
 

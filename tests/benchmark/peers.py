@@ -183,10 +183,23 @@ def our_ingest(arguments: Namespace, images: int) -> Callable[[], Any]:
     return ingest
 
 
+def ingest_by_one(arguments: Namespace, images: int) -> Callable[[], Any]:
+    """The same by one process, whatever the cores."""
+    import xray_tensorflow as xray
+
+    xray.WORTH_A_PROCESS = 10**9
+    return our_ingest(arguments, images)
+
+
 def our_cached_start(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The same where a run before has filled the cache."""
+    """The pixels of images that a run before has put into the cache."""
+    import xray_tensorflow as xray
+
     arguments.cache = f"{arguments.folder}/full-cache"
-    return lambda: read_pixels(arguments, images)
+    read_pixels(arguments, images)
+    keys = xray.read_credentials(arguments.credentials)
+    table = bucket_table(arguments)[:images].reset_index(drop=True)
+    return lambda: xray.ingest(keys, arguments, table)
 
 
 def read_pixels(arguments: Namespace, images: int) -> None:
@@ -271,15 +284,6 @@ def bare_storing(arguments: Namespace, images: int) -> Callable[[], Any]:
 
     image = np.zeros((arguments.image_size, arguments.image_size), np.uint8)
     xray.fetch_images = lambda client, bucket, keys, size: ((row, image, "") for row in keys)
-    return our_ingest(arguments, images)
-
-
-def ingest_without_decoding(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """Ingest whose decoding, which other threads' Python does not wait for, takes no time."""
-    import xray_tensorflow as xray
-
-    image = np.zeros((arguments.image_size, arguments.image_size), np.uint8)
-    xray.decode = lambda data, size: image
     return our_ingest(arguments, images)
 
 
@@ -462,7 +466,7 @@ def started(peers: dict[Any, Peer]) -> Iterator[dict[Any, Connection]]:
     try:
         for name, peer in peers.items():
             pipes[name], its = context.Pipe()
-            processes.append(context.Process(target=work, args=(peer, its), daemon=True))
+            processes.append(context.Process(target=work, args=(peer, its)))
             processes[-1].start()
             its.close()  # so that the end of the process ends the pipe
             pipes[name].recv()

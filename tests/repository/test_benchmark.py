@@ -53,18 +53,6 @@ def test_all_groups_in_one_go_have_one_line_of_machine_and_command(
     assert page.read_text().count("Not measured.") == len(benchmark.GROUPS)
 
 
-def test_the_line_about_the_lock_has_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = tmp_path / "scaling.md"
-    page.write_text((ROOT / "docs" / "scaling.md").read_text())
-    benchmark.put(page, "lock", benchmark.bound_by_the_lock(10.0, 2.0))
-    assert "In these 20 % Python's lock is held" in page.read_text()
-    assert "from about 5.0 cores" in page.read_text()
-    assert "640 images a second, as many as 6.4 such cores" in page.read_text()
-    assert page.read_text().count("lock: begin") == 1
-
-
 def test_the_made_up_bucket_is_one_for_the_scripts() -> None:
     objects = benchmark.made_up_bucket(1500, size=64, distinct=2)
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}

@@ -70,7 +70,11 @@ def main() -> int:
         print(__doc__)
         return 2
     labels, *command = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder, static_s3(bucket_of(Path(labels)), 0) as endpoint:
+    # Several processes: one would be slower than what it measures.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        static_s3(bucket_of(Path(labels)), 0, processes=4) as endpoint,
+    ):
         credentials = write_credentials(Path(folder), endpoint)
         peaks: dict[str, int] = {}
         ended = threading.Event()
