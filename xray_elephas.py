@@ -530,15 +530,15 @@ def ingest_on_executors(
     table = leave_out(dict(unreadable.value), table, arguments)
     chunks = cache.read().mapPartitions(lambda items: chunks_of(items, row_of, arguments))
     chunks.persist(StorageLevel.MEMORY_AND_DISK)
-    held = set(chunks.flatMap(lambda chunk: chunk[0].tolist()).collect())
-    lost = (table["split"] != "skipped").sum() - len(held)
-    if lost:
-        fix = "run again; if that fails too, delete the --cache"
-        raise UserError(f"{lost} of {len(table)} images were lost in ingest: {fix}")
     data = {"train": chunks}  # each epoch deals them
     for split in ("validation", "test"):
         order = np.flatnonzero(table["split"] == split)
         data[split] = dealt(chunks, order, arguments.workers)
+        # Spark keeps what it has moved. Share counts the training images.
+        lost = len(order) - data[split].map(lambda chunk: len(chunk[0])).sum()
+        if lost > 0:
+            fix = "run again; if that fails too, delete the --cache"
+            raise UserError(f"{lost} of {len(order)} {split} images were lost in ingest: {fix}")
     return table, data, len(cached)
 
 
