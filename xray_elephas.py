@@ -114,14 +114,16 @@ from PIL import Image, UnidentifiedImageError
 from py4j.protocol import Py4JJavaError
 from pyspark import (
     RDD,
+    Accumulator,
     Broadcast,
     SparkConf,
     SparkContext,
     StorageLevel,
     TaskContext,
 )
+from pyspark.accumulators import AddingAccumulatorParam
 from pyspark.errors import PySparkException
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 # ---- target: Elephas on Spark ----
 
@@ -258,7 +260,8 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         "spark.python.worker.reuse": "true",  # a worker process keeps its model
         "spark.executor.memoryOverhead": f"{overhead}m",
         "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch
-        "spark.files.ignoreCorruptFiles": "true",  # of the cache
+        # In batches a task would hold thousands of the cache's images.
+        "spark.sql.parquet.enableVectorizedReader": "false",
         # EMR keeps one copy on few nodes: the cache would go with one of them.
         "spark.hadoop.dfs.replication": "2",
         "spark.executorEnv.KERAS_BACKEND": "tensorflow",
@@ -433,10 +436,14 @@ def task_cores(context: SparkContext) -> int:
     return int(context.getConf().get("spark.task.cpus", "1"))
 
 
-# ==== ingest on the executors ====
+# ==== ingest on the executors: bucket -> records -> chunks by worker ====
 
-ROUND = 2000  # images that a task slot fetches before they are stored: half a minute's work
-CHUNK_BYTES = 2**24  # pixels that Spark moves as one
+# A record is an image in the cache, a row of Parquet. A chunk is images in memory, which Spark
+# moves as one object: rows of the table (n,) and pixels uint8 (n, size, size).
+RECORD = "key string, etag string, pixels binary"
+CHUNK_BYTES = 2**24
+TASK = 500  # images that a task fetches, and stores in one file at its end
+ROUND = 2000  # images of a task slot until the driver looks at what could not be read
 
 
 def ingest_on_executors(
@@ -446,256 +453,182 @@ def ingest_on_executors(
     table: pd.DataFrame,
     slots: int,
 ) -> tuple[pd.DataFrame, dict[str, RDD], int]:
-    """The images of each split by worker, {row: reason} of the unreadable ones, and how many were
-    cached.
+    """Fetch what the cache lacks, and hold the pixels of all images on the executors.
 
-    Pixels stay on the executors: the driver sees names and reasons.
+    Returns the table, in which each unreadable image has split "skipped" and a reason (the others:
+    ''), chunks with the images of each split, and how many images came from the cache.
     """
-    entries = list(zip(table["key"], table["etag"]))
-    row_of: dict[Any, Optional[int]] = {entry: row for row, entry in enumerate(entries)}
-    row_of[None] = None  # S3 itself has failed
+    context = session.sparkContext
     cache = SparkCache(session, credentials, arguments)
+    row_of = {entry: row for row, entry in enumerate(zip(table["key"], table["etag"]))}
     cached = row_of.keys() & cache.entries()
-    missing = [entry for entry in entries if entry not in cached]
-    print(
-        f"{len(table):,} radiographs: {len(cached):,} in the cache, {len(missing):,} to fetch",
-        flush=True,
-    )
-    skipped: dict[Any, str] = {}
-    rounds = []
-    # Without a cache there is nothing to store between rounds.
-    size_of_round = slots * ROUND if cache.folder else max(1, len(missing))
-    for start in range(0, len(missing), size_of_round):
-        arrivals = fetch_round(
-            session, credentials, arguments, missing[start : start + size_of_round], slots
-        )
-        refused = arrivals.flatMap(lambda record: json.loads(record[0])["unreadable"]).collect()
-        if cache.folder:
-            cache.store(arrivals)
-            arrivals.unpersist()
-        else:
-            rounds.append(arrivals)
-        skipped.update({row_of[entry and tuple(entry)]: reason for entry, reason in refused})
-        check_arrivals(skipped, table, arguments.max_skipped)
-    table = table.assign(reason="")
-    table.loc[list(skipped), "reason"] = list(skipped.values())
-    leave_out(skipped, table, arguments)
-    records = cache.read() if cache.folder else session.sparkContext.union(rounds)
-    read = functools.partial(chunk_of, row_of=row_of, size=arguments.image_size)
-    data = deal(records.map(read), table["split"], arguments.workers, cache)
-    for arrivals in rounds:
-        arrivals.unpersist()
+    missing = [(row, *entry) for entry, row in row_of.items() if entry not in cached]
+    counts = f"{len(cached):,} in the cache, {len(missing):,} to fetch"
+    print(f"{len(table):,} radiographs: {counts}", flush=True)
+    unreadable = context.accumulator([], AddingAccumulatorParam([]))
+    failures = context.accumulator([], AddingAccumulatorParam([]))
+    fetching = (credentials, arguments, unreadable, failures)
+    for start in range(0, len(missing), slots * ROUND):
+        images = missing[start : start + slots * ROUND]
+        tasks = context.parallelize(images, slots * math.ceil(len(images) / slots / TASK))
+        cache.store(tasks.mapPartitions(lambda items: fetch_records(items, *fetching)))
+        if failures.value:
+            raise UserError(failures.value[0])
+        check_skipped(dict(unreadable.value), table, arguments.max_skipped)
+    table = leave_out(dict(unreadable.value), table, arguments)
+    chunks = cache.read().mapPartitions(lambda items: chunks_of(items, row_of, arguments))
+    chunks.persist(StorageLevel.MEMORY_AND_DISK)
+    data = {"train": chunks}  # each epoch deals them
+    for split in ("validation", "test"):
+        order = np.flatnonzero(table["split"] == split)
+        data[split] = dealt(chunks, order, arguments.workers)
+        # Spark keeps what it has moved. Share counts the training images.
+        lost = len(order) - data[split].map(lambda chunk: len(chunk[0])).sum()
+        if lost > 0:
+            fix = "run again; if that fails too, delete the --cache"
+            raise UserError(f"{lost} of {len(order)} {split} images were lost in ingest: {fix}")
     return table, data, len(cached)
 
 
-def fetch_round(
-    session: SparkSession,
+def fetch_records(
+    images: Iterator[tuple[int, str, str]],
     credentials: dict[str, str],
     arguments: argparse.Namespace,
-    missing: list[tuple[str, str]],
-    slots: int,
-) -> RDD:
-    """Records of the images `missing`, (key, etag) each; kept, since they are read more than
-    once.
-    """
-    tasks = session.sparkContext.parallelize(
-        [(entry, entry[0]) for entry in missing],
-        slots * max(1, math.ceil(len(missing) / slots / 1000)),
-    )
-    options = {"credentials": credentials, "bucket": arguments.bucket, "size": arguments.image_size}
-    count = images_in_chunk(arguments.image_size)
-    return (
-        tasks.mapPartitions(functools.partial(fetch_partition, **options))
-        .mapPartitions(functools.partial(recorded, count=count))
-        .persist(StorageLevel.MEMORY_AND_DISK)
-    )
+    unreadable: Accumulator,
+    failures: Accumulator,
+) -> Iterator[tuple[str, str, bytes]]:
+    """Records of `images`, (row, key, etag) each.
 
-
-def fetch_partition(
-    items: Iterator[tuple], credentials: dict[str, str], bucket: str, size: int
-) -> Iterator[tuple]:
-    """What fetch_images yields, or (None, None, message) when S3 itself fails: raised here, it
-    would come as Java's.
+    `unreadable` gets (row, reason). Where S3 itself fails, `failures` gets the message: raised
+    here, it would cost the records that came.
     """
+    keys: dict[Any, str] = {image: image[1] for image in images}
+    client, size = s3_client(credentials), arguments.image_size
     try:
-        yield from fetch_images(s3_client(credentials), bucket, dict(items), size)
+        for image, pixels, reason in fetch_images(client, arguments.bucket, keys, size):
+            row, key, etag = image
+            if pixels is None:
+                unreadable.add([(row, reason)])
+            else:
+                yield key, etag, pixels.tobytes()
     except UserError as error:
-        yield None, None, str(error)
+        failures.add([str(error)])
 
 
-def images_in_chunk(size: int) -> int:
-    return max(1, CHUNK_BYTES // size**2)
-
-
-def recorded(items: Iterator[tuple], count: int) -> Iterator[tuple[str, bytes]]:
-    """Records of up to `count` images each, of what fetch_partition yields by (key, etag).
-
-    A record is the JSON {"images": [[key, etag], ...], "unreadable": [[[key, etag], reason], ...]}
-    and the pixels of the images. To move it takes Python and Java little more than its bytes do;
-    images one by one take several times that.
-    """
-    while some := list(itertools.islice(items, count)):
-        images = [(entry, image) for entry, image, _ in some if image is not None]
-        unreadable = [(entry, reason) for entry, image, reason in some if image is None]
-        head = {"images": [entry for entry, _ in images], "unreadable": unreadable}
-        yield json.dumps(head), b"".join(image.tobytes() for _, image in images)
-
-
-def chunk_of(record: tuple[str, bytes], row_of: dict, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images of a record that the table has: a chunk, that is rows of the table (n,) and
-    their pixels uint8 (n, size, size).
-    """
-    entries = json.loads(record[0])["images"]
-    rows = np.array([row_of.get(tuple(entry), -1) for entry in entries], int)
-    pixels = np.frombuffer(record[1], np.uint8).reshape(-1, size, size)
-    return rows[rows >= 0], pixels[rows >= 0]
-
-
-def check_arrivals(skipped: dict[Any, str], table: pd.DataFrame, share: float) -> None:
-    """Raise UserError when S3 failed, or too many images are unreadable."""
-    if None in skipped:
-        raise UserError(skipped[None])
-    check_skipped(skipped, table, share)
-
-
-def leave_out(skipped: dict[int, str], table: pd.DataFrame, arguments: argparse.Namespace) -> None:
-    """Mark the unreadable images. Raises UserError when too few are left."""
-    table.loc[list(skipped), "split"] = "skipped"
+def leave_out(
+    unreadable: dict[int, str], table: pd.DataFrame, arguments: argparse.Namespace
+) -> pd.DataFrame:
+    """The table with {row: reason} marked. Raises UserError when too few images are left."""
+    reasons = pd.Series(unreadable, dtype=str).reindex(table.index, fill_value="")
+    table = table.assign(split=table["split"].mask(reasons != "", "skipped"), reason=reasons)
     check_splits(table, arguments.batch_size)
     if (table["split"] == "train").sum() // arguments.workers <= arguments.batch_size:
-        count = f"{len(skipped)} unreadable images leave too few for {arguments.workers} workers"
+        count = f"{len(unreadable)} unreadable images leave too few for {arguments.workers} workers"
         raise UserError(f"{count}: use fewer --workers")
-
-
-SEQUENCE_FILE = "org.apache.hadoop.mapred.SequenceFileOutputFormat"
-RECORD = ("org.apache.hadoop.io.Text", "org.apache.hadoop.io.BytesWritable")
+    return table
 
 
 class SparkCache:
-    """Records of decoded images as Hadoop's SequenceFiles, in a folder for each store, bucket and
-    image size below --cache.
+    """Records in Parquet files, in a folder for each store, bucket and image size below --cache.
 
-    `folder` is None where other hosts' executors could not read it. Raises UserError for a --cache
-    that cannot be used.
+    `folder` is "" where other hosts' executors could not read it: then they hold the records on
+    their disks. Raises UserError for a --cache that cannot be used.
     """
 
     def __init__(
-        self,
-        session: SparkSession,
-        credentials: dict[str, str],
-        arguments: argparse.Namespace,
+        self, session: SparkSession, credentials: dict[str, str], arguments: argparse.Namespace
     ) -> None:
-        self._context = session.sparkContext
-        self.folder: Optional[str] = None
+        self._session = session
+        self._held: list[RDD] = []
+        self.folder = ""
         uri = arguments.cache
-        if set(uri) & set("*?[]{},\\"):
-            raise UserError(
-                f"--cache {uri} has a character that Hadoop reads as a pattern: rename it"
-            )
+        if set(uri) & set("*?[]{}\\"):
+            problem = "has a character that Hadoop reads as a pattern"
+            raise UserError(f"--cache {uri} {problem}: rename it")
         hadoop = session._jvm.org.apache.hadoop.fs
-        store = f"{credentials.get('endpoint_url')} {arguments.bucket}"
-        source = f"{store} {arguments.image_size} {SEQUENCE_FILE}"
+        source = f"{credentials.get('endpoint_url')} {arguments.bucket} {arguments.image_size}"
+        name = "parquet-" + hashlib.sha256(source.encode()).hexdigest()[:16]
         try:
-            self._files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
-            local = self._files.getScheme() == "file" and "file:" not in uri
+            files = hadoop.Path(uri).getFileSystem(session._jsc.hadoopConfiguration())
+            local = files.getScheme() == "file" and "file:" not in uri
             if local and not session.sparkContext.master.startswith("local"):
-                print(
-                    f"no cache: --cache {uri} is on this host only; "
-                    "name hdfs:, s3a: or, for a shared folder, file:"
-                )
+                fix = "name hdfs:, s3a: or, for a shared folder, file:"
+                print(f"no cache: --cache {uri} is on this host only; {fix}")
                 return
-            name = hashlib.sha256(source.encode()).hexdigest()[:16]
-            self._path = hadoop.Path(self._files.makeQualified(hadoop.Path(uri)), name)
-            made = self._files.mkdirs(self._path)
+            path = hadoop.Path(files.makeQualified(hadoop.Path(uri)), name)
+            if not files.mkdirs(path):
+                raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
         except (Py4JJavaError, PySparkException) as error:
             raise UserError(f"--cache {uri} cannot be used: {first_line(error)}") from None
-        if not made:
-            raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
-        self.folder = self._path.toString()
+        self.folder = path.toString()
 
     def entries(self) -> set[tuple[str, str]]:
-        """(key, etag) of the images that the cache holds."""
-        if not self.folder or not self._files.listStatus(self._path):
-            return set()
-        known = self.read().flatMap(lambda record: json.loads(record[0])["images"])
-        return set(map(tuple, known.collect()))
+        """(key, etag) of the images that the folder has; their pixels are not read."""
+        known = self._frame().select("key", "etag").collect() if self.folder else []
+        return set(map(tuple, known))
 
     def store(self, records: RDD) -> None:
-        """Put records into the cache."""
-        # A folder of its own for each round: Spark does not let two runs append to one at a time.
-        folder = f"{self.folder}/run={time.time_ns()}"
-        records.saveAsHadoopFile(folder, SEQUENCE_FILE, *RECORD)
+        if not self.folder:
+            self._held.append(records.persist(StorageLevel.DISK_ONLY))
+            records.count()
+            return
+        # By Hadoop's second algorithm a file is there when its task ends, not when all tasks do.
+        options = {"compression": "none", "mapreduce.fileoutputcommitter.algorithm.version": 2}
+        frame = self._session.createDataFrame(records, RECORD, verifySchema=False)
+        # A folder of its own each time: Spark does not let two runs write to one at a time.
+        frame.write.options(**options).parquet(f"{self.folder}/{time.time_ns()}")
 
     def read(self) -> RDD:
         """All records; an image is in more than one if two runs stored it."""
-        # A damaged file counts as not there (spark_settings): its images are fetched again.
-        return self._context.sequenceFile(f"{self.folder}/run=*", *RECORD)
+        return self._frame().rdd if self.folder else self._session.sparkContext.union(self._held)
+
+    def _frame(self) -> DataFrame:
+        # A damaged file counts as not there: its images are fetched again.
+        options = {"recursiveFileLookup": True, "ignoreCorruptFiles": True}
+        return self._session.read.schema(RECORD).options(**options).parquet(self.folder)
 
 
-def joined(chunks: Iterable[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    """The images of one or more chunks as one."""
-    rows, pixels = zip(*chunks)
-    return np.concatenate(rows), np.concatenate(pixels)
+def chunks_of(
+    records: Iterable[tuple], row_of: dict[tuple[str, str], int], arguments: argparse.Namespace
+) -> Iterator[tuple]:
+    """Chunks of the records that the table has; `row_of` gives the row of each (key, etag)."""
+    size = arguments.image_size
+    known = ((row_of[key, etag], pixels) for key, etag, pixels in records if (key, etag) in row_of)
+    while some := list(itertools.islice(known, max(1, CHUNK_BYTES // size**2))):
+        rows, images = zip(*some)
+        yield np.array(rows), np.frombuffer(b"".join(images), np.uint8).reshape(-1, size, size)
 
 
-def sent(chunks: Iterator[tuple], worker_of: np.ndarray, workers: int) -> Iterator[tuple]:
-    """(worker, chunk) of the images in `chunks`, by `worker_of` each row of the table; -1: none."""
+def dealt(chunks: RDD, order: np.ndarray, workers: int) -> RDD:
+    """Chunks by worker of the images whose rows are in `order`: to each worker one in turn."""
+    return (
+        chunks.mapPartitions(lambda items: sent(items, order, workers))
+        .partitionBy(workers, int)
+        .values()
+    )
+
+
+def sent(chunks: Iterable[tuple], order: np.ndarray, workers: int) -> Iterator[tuple]:
+    """(worker, chunk) of the images in `chunks`, as `dealt` says."""
+    turns = pd.Series(np.arange(len(order)) % workers, order)
     for rows, pixels in chunks:
+        worker_of = turns.reindex(rows, fill_value=-1).to_numpy()
         for worker in range(workers):
-            chosen = worker_of[rows] == worker
+            chosen = worker_of == worker
             if chosen.any():
                 yield worker, (rows[chosen], pixels[chosen])
 
 
-def exchanged(chunks: RDD, worker_of: np.ndarray, workers: int) -> RDD:
-    """Chunks of images by worker, `worker_of` each row of the table; -1: none."""
-    how = functools.partial(sent, worker_of=worker_of, workers=workers)
-    return chunks.mapPartitions(how).partitionBy(workers, int).values()
-
-
-def divided(chunks: Iterator[tuple], split_of: np.ndarray) -> Iterator[tuple]:
-    """(split, chunk) of the images in `chunks`, in the table's order, by the split of each row."""
-    came = list(chunks)
-    if not came:
-        return
-    rows, pixels = joined(came)
-    # Two runs at a time may have put an image into the cache twice.
-    _, once = np.unique(rows, return_index=True)
-    for split in SPLITS:
-        chosen = once[split_of[rows[once]] == split]
-        count = images_in_chunk(pixels.shape[1])
-        for start in range(0, len(chosen), count):
-            part = chosen[start : start + count]
-            yield split, (rows[part], pixels[part])
-
-
-def deal(chunks: RDD, splits: pd.Series, workers: int, cache: SparkCache) -> dict[str, RDD]:
-    """Chunks of images of each split by worker, equal in number but for one, in the table's order,
-    and kept.
-
-    Raises UserError where an image is missing that ingest has counted.
+def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images of `chunks` as one, in the table's order. Two runs may have stored an image: it
+    is there once.
     """
-    split_of = splits.to_numpy(str)
-    worker_of = np.full(len(splits), -1, np.int32)
-    for split in SPLITS:
-        rows = np.flatnonzero(split_of == split)
-        worker_of[rows] = np.arange(len(rows)) % workers
-    dealt = exchanged(chunks, worker_of, workers)
-    kept = dealt.mapPartitions(functools.partial(divided, split_of=split_of)).persist(
-        StorageLevel.MEMORY_AND_DISK
-    )
-    images = np.count_nonzero(worker_of >= 0)
-    lost = images - kept.map(lambda item: len(item[1][0])).sum()
-    if lost:
-        cause = (
-            f"files in the cache {cache.folder} are damaged: delete them and run again"
-            if cache.folder
-            else "S3 failed while they came again: run again"
-        )
-        raise UserError(f"{lost} of {images} images were lost in ingest: {cause}")
-    return {
-        split: kept.filter(lambda item, split=split: item[0] == split).values() for split in SPLITS
-    }
+    came = list(chunks)
+    rows = np.unique([row for some, _ in came for row in some]).astype(int)
+    pixels = np.empty((len(rows), size, size), np.uint8)
+    for some, images in came:
+        pixels[np.searchsorted(rows, some)] = images
+    return rows, pixels
 
 
 # ==== training with Elephas ====
@@ -756,7 +689,7 @@ class SnapshotKeeper:
 class SparkTrainer:
     """Trains `model`, which is the driver's, on the workers' images by Elephas, and predicts there.
 
-    `data` has chunks of images, rows (n,) and pixels (n, size, size), of each split by worker.
+    `data` has chunks with the images of each split, those of validation and test by worker.
     """
 
     def __init__(
@@ -770,7 +703,7 @@ class SparkTrainer:
         self.model = model
         self._context = context
         self._data = data
-        self._train = (table["split"] == "train").to_numpy()
+        self._train = np.flatnonzero(table["split"] == "train")
         self._counts = table["split"].value_counts()
         self._arguments = arguments
         # Elephas averages or serves the model; synchronous, Adam's state with it: it lets Adam
@@ -778,8 +711,7 @@ class SparkTrainer:
         # to --resume.
         model.optimizer.build(model.trainable_variables)
         labels = context.broadcast(table[LABELS].to_numpy(np.float32))
-        images = np.count_nonzero(self._train)
-        self._job = Job(model.to_json(), task_cores(context), labels, images, arguments)
+        self._job = Job(model.to_json(), task_cores(context), labels, len(self._train), arguments)
         self._elephas: Any = None
         self._parameters: Optional[Broadcast] = None
         self._dealt: Optional[tuple[RDD, AsyncResult]] = None
@@ -851,18 +783,8 @@ class SparkTrainer:
 
         Workers that see the same images in each epoch agree later, and on less.
         """
-        worker_of = draw_workers(self._train, epoch, self._arguments)
-        return exchanged(self._data["train"], worker_of, self._arguments.workers)
-
-
-def draw_workers(train: np.ndarray, epoch: int, arguments: argparse.Namespace) -> np.ndarray:
-    """The worker (n,) of each row of the table in an epoch, -1 where `train` (n,) is false: equal
-    numbers but for one.
-    """
-    order = np.random.default_rng([arguments.seed, epoch]).permutation(np.flatnonzero(train))
-    worker_of = np.full(len(train), -1, np.int32)
-    worker_of[order] = np.arange(len(order)) % arguments.workers
-    return worker_of
+        random = np.random.default_rng([self._arguments.seed, epoch])
+        return dealt(self._data["train"], random.permutation(self._train), self._arguments.workers)
 
 
 class Job(NamedTuple):
@@ -926,11 +848,10 @@ class Share:
     """
 
     def __init__(self, items: Iterator[tuple], job: Job) -> None:
-        chunks = list(items)
-        dealt = range(TaskContext.get().partitionId(), job.images, job.arguments.workers)
-        if sum(len(rows) for rows, _ in chunks) != len(dealt):
+        self._rows, self._pixels = joined(items, job.arguments.image_size)
+        turns = range(TaskContext.get().partitionId(), job.images, job.arguments.workers)
+        if len(self._rows) != len(turns):
             raise RuntimeError(LOST)
-        self._rows, self._pixels = joined(chunks)
         self._labels = job.labels.value
         self._arguments = job.arguments
 
@@ -942,8 +863,7 @@ class Share:
             [self._arguments.seed, epoch, TaskContext.get().partitionId()]
         )
         model.get_layer("dropout").seed_generator.state.assign(random.integers(2**31, size=2))
-        # Of the rows in the table's order: chunks come in any.
-        order = np.argsort(self._rows)[random.permutation(len(self._rows))]
+        order = random.permutation(len(self._rows))
         flips = draw_flips(self._arguments, epoch, len(self._labels))
         data = batches(
             self._pixels,
@@ -957,10 +877,9 @@ class Share:
 
 def predict_partition(items: Iterator[tuple], job: Job, parameters: Broadcast) -> Iterator[tuple]:
     """(row, probabilities) of a worker's images."""
-    chunks = list(items)
-    if not chunks:
+    rows, pixels = joined(items, job.arguments.image_size)
+    if not len(rows):
         return iter(())
-    rows, pixels = joined(chunks)
     model = kept_model(job)
     assign(state_of(model), parameters.value)
     no_labels = np.zeros((len(rows), len(LABELS)), np.float32)

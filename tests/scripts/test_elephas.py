@@ -40,6 +40,7 @@ from helpers import (
     run_process,
     submit,
 )
+from pyspark.accumulators import Accumulator
 from sample_bucket import TRUNCATED
 
 xray = pytest.importorskip("xray_elephas")
@@ -631,76 +632,76 @@ def test_wrong_credentials(tmp_path: Path) -> None:
 # ---- plain functions ----
 
 
-def test_failures_of_s3_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {
-        "aws_access_key_id": "a",
-        "aws_secret_access_key": "b",
-        "endpoint_url": "http://127.0.0.1:9",
-    }
-    monkeypatch.setattr(
-        xray,
-        "s3_client",
-        lambda credentials: xray.boto3.client(
-            "s3",
-            region_name="us-east-1",
-            config=xray.Config(retries={"total_max_attempts": 1}),
-            **credentials,
-        ),
+def test_a_failure_of_s3_leaves_the_records_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    images = [(row, f"images/{row}.png", f'"{row}"') for row in range(4)]
+
+    def fetch_images(client: Any, bucket: str, keys: dict[Any, str], size: int) -> Any:
+        assert list(keys.items()) == [(image, image[1]) for image in images]
+        yield images[2], pixels, ""
+        yield images[0], None, "not an image"
+        yield images[1], pixels.T, ""
+        raise xray.UserError("the session token is expired")
+
+    monkeypatch.setattr(xray, "fetch_images", fetch_images)
+    arguments = argparse.Namespace(bucket="xray", image_size=4)
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    unreadable, failures = (
+        Accumulator(number, [], xray.AddingAccumulatorParam([])) for number in (-1, -2)
     )
-    ((row, pixels, problem),) = xray.fetch_partition(
-        iter([(3, "images/x.png")]), keys, "bucket", 64
-    )
-    assert (row, pixels) == (None, None)
-    assert "out of reach" in problem
+    records = list(xray.fetch_records(iter(images), keys, arguments, unreadable, failures))
+    assert records == [
+        ("images/2.png", '"2"', pixels.tobytes()),
+        ("images/1.png", '"1"', pixels.T.tobytes()),
+    ]
+    assert unreadable.value == [(0, "not an image")]
+    assert failures.value == ["the session token is expired"]
 
 
-def test_an_epoch_s_images_are_its_deal() -> None:
-    """Each training image comes to one worker, whichever executors had it, and in each epoch to
-    another.
-    """
-    pixels = np.random.default_rng(0).integers(0, 256, (100, 4, 4), np.uint8)
-    train = np.arange(100) % 3 > 0
-    arguments = xray.elephas_parser().parse_args(["--seed", "7"])
-    arguments.workers = 4
-    deals = [xray.draw_workers(train, epoch, arguments) for epoch in (1, 2, 1)]
-    assert np.array_equal(deals[0], deals[2])
-    assert not np.array_equal(deals[0], deals[1])
-    for worker_of in deals[:2]:
-        assert np.array_equal(worker_of >= 0, train)
-        assert sorted(np.bincount(worker_of[train])) == [16, 16, 17, 17]
-        came: dict[int, list] = {}
-        for rows in np.array_split(np.random.default_rng(1).permutation(100), 7):
-            for worker, chunk in xray.sent(iter([(rows, pixels[rows])]), worker_of, 4):
-                came.setdefault(worker, []).append(chunk)
-        for worker, chunks in came.items():
-            rows, images = xray.joined(chunks)
-            assert sorted(rows) == np.flatnonzero(worker_of == worker).tolist()
-            assert np.array_equal(images, pixels[rows])
-
-
-def test_records_become_the_splits_in_order_and_without_repeats(
+def test_records_become_chunks_of_the_images_that_the_table_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), np.uint8)
     entries = [(f"images/{row}.png", f'"{row}"') for row in range(20)]
-    items = [(entries[row], pixels[row], "") for row in (7, 3, 12, 3, 19, 0, 7)]
-    items += [(("images/other.png", "x"), pixels[0], ""), (entries[5], None, "no image")]
+    records = [(*entries[row], pixels[row].tobytes()) for row in (7, 3, 12, 3, 19)]
+    records.insert(2, ("images/3.png", "another etag", bytes(16)))
     monkeypatch.setattr(xray, "CHUNK_BYTES", 2 * 4 * 4)
-    records = list(xray.recorded(iter(items), 3))
-    heads = [json.loads(head) for head, _ in records]
-    assert [len(head["images"]) for head in heads] == [3, 3, 2]
-    assert [head["unreadable"] for head in heads] == [[], [], [[list(entries[5]), "no image"]]]
+    arguments = argparse.Namespace(bucket="xray", image_size=4)
     row_of = {entry: row for row, entry in enumerate(entries)}
-    chunks = [xray.chunk_of(record, row_of, 4) for record in records]
-    split_of = np.array(["train"] * 10 + ["test"] * 10)
-    found = list(xray.divided(iter(chunks), split_of))
-    assert [(split, rows.tolist()) for split, (rows, _) in found] == [
-        ("train", [0, 3]),
-        ("train", [7]),
-        ("test", [12, 19]),
-    ]
-    assert all(np.array_equal(images, pixels[rows]) for _, (rows, images) in found)
-    assert list(xray.divided(iter([]), split_of)) == []
+    chunks = list(xray.chunks_of(records, row_of, arguments))
+    assert [rows.tolist() for rows, _ in chunks] == [[7, 3], [12, 3], [19]]
+    assert all(np.array_equal(images, pixels[rows]) for rows, images in chunks)
+    rows, images = xray.joined(iter(chunks), 4)
+    assert rows.tolist() == [3, 7, 12, 19]  # in order, and what two runs have stored once
+    assert np.array_equal(images, pixels[rows])
+    assert [len(array) for array in xray.joined(iter([]), 4)] == [0, 0]
+
+
+def test_each_image_comes_to_the_worker_whose_turn_it_is() -> None:
+    """Whichever executors held it."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (100, 4, 4), np.uint8)
+    order = random.permutation(np.flatnonzero(np.arange(100) % 3 > 0))
+    came: dict[int, list] = {}
+    for rows in np.array_split(random.permutation(100), 7):
+        for worker, chunk in xray.sent([(rows, pixels[rows])], order, 4):
+            came.setdefault(worker, []).append(chunk)
+    for worker in range(4):
+        rows, images = xray.joined(came[worker], 4)
+        assert rows.tolist() == sorted(order[worker::4])
+        assert np.array_equal(images, pixels[rows])
+
+
+def test_unreadable_images_are_marked_in_a_new_table(capsys: pytest.CaptureFixture) -> None:
+    splits = ["train"] * 18 + ["validation", "test"]
+    table = pd.DataFrame({"split": splits, "patient": "00000001"})
+    arguments = argparse.Namespace(batch_size=4, workers=3)
+    marked = xray.leave_out({4: "not an image"}, table, arguments)
+    assert marked["split"].tolist() == [*splits[:4], "skipped", *splits[5:]]
+    assert marked["reason"].tolist() == ["", "", "", "", "not an image", *[""] * 15]
+    assert table["split"].tolist() == splits
+    with pytest.raises(xray.UserError, match="4 unreadable images leave too few for 3 workers"):
+        xray.leave_out(dict.fromkeys(range(4), "not an image"), table, arguments)
 
 
 def parse_elephas(*options: Any) -> argparse.Namespace:
