@@ -631,7 +631,7 @@ def import_tensorflow() -> Any:
             import keras
             import tensorflow
         except Exception as error:  # noqa: BLE001  whatever packages raise at import
-            fix = "check the installation, and the files keras.json and matplotlibrc"
+            fix = "check the installation, PYTHONOPTIMIZE, keras.json and matplotlibrc"
             raise UserError(f"TensorFlow or Keras cannot be imported ({error}): {fix}") from None
     # Not those of the user's keras.json.
     keras.config.set_floatx("float32")
