@@ -1589,7 +1589,7 @@ def s3_errors(
         code = said.get("Code") or ""
         names["key"] = said.get("Key", key)
         # Without a code from S3, botocore gives the number of HTTP.
-        unknown = NO_S3 if code.isdigit() else "S3 refuses {key} in bucket {bucket}"
+        unknown = "S3 refuses {key} in bucket {bucket}" if code.strip("0123456789") else NO_S3
         problem = S3_ERRORS.get(code, unknown).format(**names)
         raise UserError(f"{problem} (the answer: {code}, {said.get('Message')})") from None
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
