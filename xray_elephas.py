@@ -65,6 +65,7 @@ Wang et al., CVPR 2017.
 # ///
 
 import argparse
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -175,7 +176,7 @@ def main() -> None:
 
 def elephas_parser() -> argparse.ArgumentParser:
     """The options of the three scripts, and how Elephas trains."""
-    parser = common_parser(__doc__)
+    parser = common_parser(__doc__, cache=str)  # or a URL that Hadoop knows
     add = parser.add_argument
     add("--mode", choices=MODES, default=SYNCHRONOUS, help="how Elephas trains [%(default)s]")
     add("--workers", metavar="N", type=number(int, 1), help="models that train [one a task slot]")
@@ -1191,29 +1192,52 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
     with s3_errors(bucket):
         objects = list_objects(client, bucket, prefix)
     if not objects:
-        raise UserError(f"no image {where}: check --images")
-    listed = [(entry["Key"][len(prefix) :], entry["Key"], entry["ETag"]) for entry in objects]
+        raise UserError(f"no image {where}: {images_fix(client, bucket)}")
+    # A store without ETags may have dates.
+    listed = [
+        (
+            entry["Key"][len(prefix) :],
+            entry["Key"],
+            entry.get("ETag", str(entry.get("LastModified"))),
+        )
+        for entry in objects
+    ]
     with s3_errors(bucket, arguments.labels):
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
     table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
     counts = f"{len(labels):,} images have labels, {len(objects):,} are in the bucket"
     print(f"{counts}, {len(table):,} are in both")
     if table.empty:
-        raise UserError(f"no image {where} has a row in {arguments.labels}: check --images")
+        fix = images_fix(client, bucket)
+        raise UserError(f"no image {where} has a row in {arguments.labels}: {fix}")
     test_images = None
     if arguments.test_list:
         with s3_errors(bucket, arguments.test_list):
-            text = fetch(client, bucket, arguments.test_list).decode(errors="replace")
-        test_images = set(text.split())
+            text = decode_text(fetch(client, bucket, arguments.test_list))
+        test_images = set(re.findall(r"[^\s,;\"']+", text))
         found = table["image"].isin(test_images).sum()
-        listed_images = f"{len(test_images):,} images are in {arguments.test_list}"
-        print(f"{listed_images}, {found:,} of them in both")
+        unknown = sorted(test_images - set(labels["image"]))
+        counts = f"{len(test_images):,} images are in {arguments.test_list}"
+        print(f"{counts}, {found:,} of them in both, {len(unknown):,} in no row of the labels")
+        if len(unknown) * 2 > len(test_images):
+            problem = f"{len(unknown):,} of {counts}, such as {unknown[0]}, have no row"
+            raise UserError(f"{problem} in {arguments.labels}: check --test-list")
     table["split"] = assign_splits(table, arguments.seed, test_images)
     order = table["image"].map(lambda image: hash_fraction(arguments.seed, image))
     drawn = order.nsmallest(arguments.limit or len(table)).index
     table = table.loc[drawn].sort_values("image", ignore_index=True)
     check_splits(table, arguments.batch_size)
     return table
+
+
+def images_fix(client: Any, bucket: str) -> str:
+    """What to do about --images, from the folders of the PNGs among the bucket's first objects."""
+    page: dict[str, Any] = {}
+    with contextlib.suppress(botocore.exceptions.ClientError):  # not all keys may list all
+        page = client.list_objects_v2(Bucket=bucket)
+    keys = (entry["Key"] for entry in page.get("Contents", []))
+    folders = sorted({key[: key.rfind("/") + 1] for key in keys if key.lower().endswith(".png")})
+    return f"check --images (PNGs are below {folders[:5]})" if folders else "check --images"
 
 
 def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
@@ -1226,14 +1250,14 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
         # The header of 2017 has one name more than its rows have values: index_col=False keeps
         # them aligned.
         how = {"dtype": str, "index_col": False, "keep_default_na": False}
-        frame = pd.read_csv(io.BytesIO(csv), encoding="utf-8-sig", **how)
+        frame = pd.read_csv(io.StringIO(decode_text(csv)), **how)
     except ValueError as error:
         raise UserError(f"{name} is not a CSV ({error}): check --labels") from None
     missing = {"Image Index", "Finding Labels", "Patient ID"} - set(frame)
     if missing or frame.empty:
         what = " and no ".join(sorted(missing)) or "rows"
         raise UserError(f"{name} has no {what}: it must be NIH's Data_Entry CSV")
-    image = frame["Image Index"].fillna("")
+    image = frame["Image Index"].fillna("").str.strip()
     patient = frame["Patient ID"].fillna("")
     findings = frame["Finding Labels"].fillna("").str.split("|").explode()
 
@@ -1253,6 +1277,12 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
     hot[findings.index, codes] = 1
     table = pd.DataFrame({"image": image, "patient": patient.str.zfill(8)})
     return table.join(pd.DataFrame(hot, columns=LABELS))
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a UTF-8 file, or of a UTF-16 one with the byte-order mark of Windows."""
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf_16 else "utf-8-sig")
 
 
 def assign_splits(
@@ -1367,7 +1397,10 @@ def decode(data: bytes, size: int) -> np.ndarray:
     if image.width * image.height > 2**25:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        levels = np.asarray(image)
+        # Detectors give 10, 12 or 14 bits, and PNG has no place to say that they stand unscaled.
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if levels.max() < 2**bits)
+        image = Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
     grey = image.convert("L")
     return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))
 
@@ -1406,6 +1439,8 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         if source is None:
             raise
         fix = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
+        if source == "imagenet":
+            fix = f"delete what Keras has of it in ~/.keras/models, or {fix}"
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -1428,12 +1463,13 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
 
 
 def import_tensorflow() -> Any:
-    """The module tensorflow, with oneDNN's kernels and without what its import prints.
+    """The module tensorflow, with oneDNN's kernels, Keras' defaults and a silent import.
 
     oneDNN is its default on few CPUs only. What it prints (libraries registered twice) helps
     nobody but those who look for a CUDA library: TF_CPP_MIN_LOG_LEVEL=0 shows it.
     """
-    os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", KERAS_BACKEND="tensorflow")
+    # Keras imports Matplotlib, which a backend of the user's that is missing would end.
+    os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", KERAS_BACKEND="tensorflow", MPLBACKEND="agg")
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
     with contextlib.ExitStack() as stack:
         if quiet:
@@ -1442,7 +1478,16 @@ def import_tensorflow() -> Any:
             stack.callback(os.dup2, screen, 2)
             nowhere = stack.enter_context(Path(os.devnull).open("wb"))
             os.dup2(nowhere.fileno(), 2)
-        import tensorflow
+        try:
+            import keras
+            import tensorflow
+        except Exception as error:  # noqa: BLE001  whatever packages raise at import
+            fix = "check the installation, PYTHONOPTIMIZE, keras.json and matplotlibrc"
+            raise UserError(f"TensorFlow or Keras cannot be imported ({error}): {fix}") from None
+    # Not those of the user's keras.json.
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_image_data_format("channels_last")
     return tensorflow
 
 
@@ -1736,7 +1781,7 @@ DECISIVE = (
     "learning_rate", "flip", "seed",
 )  # fmt: skip
 # The files of a run beside config.json. All else in its folder is the user's, and left alone.
-CHECKPOINT = r"checkpoint-\d+\.weights\.h5"
+CHECKPOINT = r"checkpoint-[1-9][0-9]*\.weights\.h5"
 RUN_FILES = CHECKPOINT + (
     r"|(history|predictions|skipped)\.csv|metrics\.json|model\.keras|report\.png"
 )
@@ -1848,6 +1893,9 @@ class Run:
         except BlockingIOError:
             fix = "use another --output"
             raise UserError(f"another run is at work in {self.path}: {fix}") from None
+        except OSError as error:
+            fix = "use an --output on a file system with locks"
+            raise UserError(f"{self.path} cannot be locked ({error.strerror}): {fix}") from None
         self._check_empty(look(self.path)[0])
 
     def _restore(self) -> None:
@@ -1930,7 +1978,7 @@ class Run:
             self._copy.update(self.path)
 
     def finish(self, report: pd.DataFrame, target: dict[str, Any], cached: int) -> None:
-        """Write model.keras, report.png and metrics.json, and print the result.
+        """Write model.keras, metrics.json and report.png, and print the result.
 
         `report` is evaluate's, `target` is what the result says of it, `cached` images came from
         the cache. Raises CopyError where the copy on S3 is incomplete.
@@ -1942,8 +1990,11 @@ class Run:
         without_optimizer = keras.Model(model.inputs, model.outputs, name=model.name)
         with replacing(self.path / "model.keras") as partial:
             without_optimizer.save(partial)
-        draw_report(self.path / "report.png", report, self.history)
         write(self.path / "metrics.json", json.dumps(result, indent=2))
+        try:
+            draw_report(self.path / "report.png", report, self.history)
+        except Exception as error:  # noqa: BLE001  the result does not depend on Matplotlib
+            print(f"warning: no report.png ({one_line(error)})", file=sys.stderr)
         print(report.to_string(float_format="{:.3f}".format, na_rep="-"))
         print(f"run folder: {self.path}")
         best, last = best_epoch(self.history), len(self.history)
@@ -1996,9 +2047,14 @@ class Run:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where no file can be made in the folder, or in the one it will be made in."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    tempfile.TemporaryFile(dir=there).close()
+    """Raise UserError where no file can be made in the folder, or in the one it will be made in."""
+    folders = (path, *path.absolute().parents)
+    there = next(folder for folder in folders if folder.exists() or folder.is_symlink())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        fix = "check rights and disk space, or use another --output"
+        raise UserError(f"no file can be made in {there} ({error.strerror}): {fix}") from None
 
 
 def look(folder: Path) -> tuple[bool, bytes]:
@@ -2044,10 +2100,9 @@ def save_checkpoint(model: Any, path: Path) -> None:
     """Write weights and state of the optimizer. Raises OSError where the disk has no room."""
     variables = [*model.weights, *model.optimizer.variables]
     numbers = sum(math.prod(variable.shape) for variable in variables)
-    # HDF5 can crash on a full disk. 4 bytes a number, and what HDF5 adds.
-    if shutil.disk_usage(path.parent).free < 4.4 * numbers + 2**20:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with replacing(path) as partial:
+        # HDF5 can crash on a full disk, or at a limit. 4 bytes a number, and what HDF5 adds.
+        partial.write_bytes(bytes(int(4.4 * numbers) + 2**20))
         model.save_weights(partial)
 
 
@@ -2058,10 +2113,16 @@ def replacing(path: Path) -> Iterator[Path]:
     So no reader and no kill sees half a file.
     """
     partial = path.with_name(f".partial-{path.name}")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # it would fill the disk
+        error.filename = str(path)
+        raise
 
 
 def write(path: Path, text: str) -> None:
@@ -2071,8 +2132,10 @@ def write(path: Path, text: str) -> None:
 
 def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None:
     """Draw loss and AUROC by epoch, and the AUROC of each label with its 95 % interval."""
+    import matplotlib
     from matplotlib.figure import Figure  # pyplot would look for a display
 
+    matplotlib.rcdefaults()  # not the settings of the user's matplotlibrc
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "labels"], ["auroc", "labels"]], width_ratios=[2, 3])
     best = best_epoch(history)
@@ -2108,6 +2171,25 @@ def peak_memory() -> int:
     # Not ru_maxrss, which on Linux begins with the peak of the process that started this one.
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
+
+
+def memory_limit() -> int:
+    """The memory that this process may use, in bytes: the machine's, or less in a container.
+
+    Each control group around it limits it, of version 1 or 2; a container may see its own as the
+    root: https://docs.kernel.org/admin-guide/cgroup-v2.html
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else []:  # macOS has none
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            innermost = Path("/sys/fs/cgroup", controllers, group.lstrip("/"))
+            for file in (folder / name for folder in (innermost, *innermost.parents)):
+                limit = file.read_text().strip() if file.exists() else "max"
+                limits += [int(limit)] if limit != "max" else []
+    return min(limits)
 
 
 def versions() -> dict[str, str]:
@@ -2153,7 +2235,7 @@ class S3Copy:
             if "config.json" not in names:
                 return bool(names), b""
             config = self._client.get_object(**self._key("config.json"))
-            self._condition = {"IfMatch": config["ETag"]}
+            self._condition = {"IfMatch": config["ETag"]} if "ETag" in config else {}
             return True, config["Body"].read()
 
     def claim(self, config: str) -> None:
@@ -2178,7 +2260,7 @@ class S3Copy:
         """Fetch into `folder` what a resumed run needs."""
         with self._errors():
             for name in self._names():
-                if re.fullmatch(f"{CHECKPOINT}|history.csv", name):
+                if re.fullmatch(rf"{CHECKPOINT}|history\.csv", name):
                     with replacing(folder / name) as partial:
                         partial.write_bytes(fetch(self._client, self._bucket, self._prefix + name))
                     self._sent[name] = (folder / name).stat().st_mtime_ns
@@ -2299,8 +2381,13 @@ def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
 
 
 def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
-    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key.
+
+    Raises UserError where the answer is no list: botocore takes a web page for an empty one.
+    """
+    pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+    if "IsTruncated" not in pages[0]:
+        raise UserError(NO_S3.format(key="the list of objects", bucket=bucket))
     return [entry for page in pages for entry in page.get("Contents", [])]
 
 
@@ -2309,9 +2396,11 @@ def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
 
     botocore repeats a request that fails, but not one whose body breaks off: this does.
     """
-    body = client.get_object(Bucket=bucket, Key=key)["Body"]
     try:
-        return body.read()
+        return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    except botocore.exceptions.ClientError as error:
+        error.response["Error"]["Key"] = key  # for s3_errors
+        raise
     except (
         botocore.exceptions.HTTPClientError,
         botocore.exceptions.IncompleteReadError,
@@ -2330,7 +2419,9 @@ S3_ERRORS = {
     "NoSuchBucket": "there is no bucket {bucket}: check {option}",
     "NoSuchKey": "there is no {key} in bucket {bucket}: check --labels and --test-list",
     "AccessDenied": "no right to {key} in bucket {bucket}: s3:ListBucket and s3:GetObject are "
-    "needed, below --output s3:PutObject and s3:DeleteObject too",
+    "needed, below --output s3:PutObject and s3:DeleteObject too, kms:Decrypt for encrypted objects",
+    "InvalidObjectState": "{key} in bucket {bucket} is archived: restore it (aws s3api "
+    "restore-object)",
     "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
     "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: "
     "check the credentials file",
@@ -2341,8 +2432,8 @@ S3_ERRORS = {
     "PermanentRedirect": REGION,
     "AuthorizationHeaderMalformed": REGION,
     "IncorrectEndpoint": REGION,
-    "301": REGION,
 }
+NO_S3 = "what answers for {key} in bucket {bucket} is not S3: check endpoint_url"
 
 
 @contextlib.contextmanager
@@ -2350,26 +2441,36 @@ def s3_errors(
     bucket: str, key: str = "the list of images", option: str = "--bucket"
 ) -> Iterator[None]:
     """Turn what S3 and botocore raise into a UserError: `key` of `bucket`, which `option` names."""
+    names = {"bucket": bucket, "key": key, "option": option}
     try:
         yield
     except botocore.exceptions.ClientError as error:
-        code = error.response["Error"].get("Code")
-        text = error.response["Error"].get("Message")
-        unknown = "S3 answers {code} for {key} in bucket {bucket}: {text}"
-        words = {"code": code, "text": text, "bucket": bucket, "key": key, "option": option}
-        raise UserError(S3_ERRORS.get(code, unknown).format(**words)) from None
+        said = error.response["Error"]
+        code = said.get("Code") or ""
+        names["key"] = said.get("Key", key)
+        # Without a code from S3, botocore gives the number of HTTP.
+        unknown = "S3 refuses {key} in bucket {bucket}" if code.strip("0123456789") else NO_S3
+        problem = S3_ERRORS.get(code, unknown).format(**names)
+        raise UserError(f"{problem} (the answer: {code}, {said.get('Message')})") from None
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
         fix = "check network, region_name and endpoint_url"
         raise UserError(f"S3 is out of reach ({error}): {fix}") from None
-    except (botocore.exceptions.BotoCoreError, ValueError, RecursionError) as error:
+    except (RecursionError, botocore.parsers.ResponseParserError):  # one redirect after another
+        raise UserError(NO_S3.format(**names)) from None
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise UserError(f"S3 cannot be asked ({error}): check {option} and credentials") from None
 
 
 # ==== command line, and errors as one line ====
 
 
-def common_parser(manual: str) -> argparse.ArgumentParser:
-    """The options that the three scripts share; `manual` is the script's docstring, for --help."""
+def common_parser(
+    manual: Optional[str], cache: Optional[Callable[[str], str]] = None
+) -> argparse.ArgumentParser:
+    """The options that the three scripts share.
+
+    `manual` is the script's docstring, for --help; `cache` is the type of --cache [a folder].
+    """
     parser = OneLineParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     whole = number(int, 1)
     labels = "Data_Entry_2017_v2020.csv"
@@ -2387,7 +2488,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
         ("batch-size", "N", whole, 32, "images a training step"),
         ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "of Adam"),
         ("seed", "N", number(int, 0, 2**32 - 1), 0, "of split and training"),
-        ("cache", "DIR", str, "cache/", "decoded pixels, reused by later runs"),
+        ("cache", "DIR", cache or local_folder, "cache/", "decoded pixels, reused by later runs"),
         ("max-skipped", "F", number(float, 0, 1), 0.01, "share of unreadable images allowed"),
         ("output", "DIR", run_location, None, f"{output} [runs/<script>-<UTC time>]"),
     ]
@@ -2422,14 +2523,15 @@ def run_location(text: str) -> str:
     """An argparse type: a folder, or s3://bucket/prefix."""
     if re.match("s3://[^/]", text):
         return text.rstrip("/")
+    return local_folder(text, "neither a folder nor s3://BUCKET/PREFIX")
+
+
+def local_folder(text: str, problem: str = "no folder of this machine") -> str:
+    """An argparse type: a folder of this machine."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
         # Taken for a folder, `hdfs:run` would be lost with the machine.
-        raise argparse.ArgumentTypeError(f"{text} is neither a folder nor s3://BUCKET/PREFIX")
+        raise argparse.ArgumentTypeError(f"{text} is {problem}")
     return text
-
-
-# Errors of the system that disk space and rights fix.
-FIXABLE = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST"}
 
 
 def run_script(main: Callable[[], None]) -> int:
@@ -2438,6 +2540,7 @@ def run_script(main: Callable[[], None]) -> int:
     What the user can fix is 2, or 3 where only the copy on S3 is incomplete, with one line on
     stderr; Ctrl-C is 130.
     """
+    keep_streams()
     script = Path(sys.argv[0]).name
     exit_code = UserError.exit_code
     try:
@@ -2451,14 +2554,41 @@ def run_script(main: Callable[[], None]) -> int:
         problem = str(error)
         exit_code = error.exit_code
     except OSError as error:
-        number_of_error = error.errno or 0
-        if errno.errorcode.get(number_of_error) not in FIXABLE:
+        # All that the system refuses is for the user to fix, but what only our own code can do.
+        if error.errno == errno.EBADF or isinstance(error, io.UnsupportedOperation):
             raise
         # HDF5's own words for errno are several lines.
-        where = one_line(error.filename or "output or cache folder")
-        problem = f"{where}: {os.strerror(number_of_error)}: check disk space and rights"
+        words = os.strerror(error.errno) if error.errno else one_line(error)
+        where = one_line(error.filename or "a file or folder of this run")
+        problem = f"{where}: {words}: check that it is there, disk space, rights and limits"
     print(f"{script}: error: {problem}", file=sys.stderr)
     return exit_code
+
+
+def keep_streams() -> None:
+    """Have stdout and stderr take any text, whatever becomes of who reads them.
+
+    In place of a closed one comes /dev/null: the next file to be opened would get its number, and
+    with that what libraries print.
+    """
+    while (number_of_file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number_of_file, True)
+    os.close(number_of_file)
+    for number_of_file, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # no one else has replaced it
+            buffer = io.BufferedWriter(Screen(number_of_file, "w", closefd=False))
+            encoding = stream and stream.encoding
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", None, True))
+
+
+class Screen(io.FileIO):
+    """A file that drops what cannot be written: its reader has gone, or its disk is full."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
 
 
 class UserError(Exception):
@@ -2487,8 +2617,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def one_line(error: object) -> str:
     """The text of an error that may quote anything, such as a file name with control characters."""
-    printable = "".join(c if c.isprintable() else " " for c in str(error))
-    return " ".join(printable.split())
+    words = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 # ---- common to the three scripts: end ----

@@ -95,6 +95,19 @@ def test_every_mode_gives_the_same_grey(form: str) -> None:
     assert np.abs(halves[1] - 200).max() <= 2
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_a_16_bit_png_of_a_detector_with_fewer_bits(bits: int) -> None:
+    """Its levels stand unscaled, and PNG does not say so."""
+    levels = GREY.astype(np.uint16) << (bits - 8)
+    pixels = xray.decode(encode(Image.fromarray(levels)), 32).astype(int)
+    assert np.abs(pixels[:, :14] - 40).max() <= 2
+    assert np.abs(pixels[:, 18:] - 200).max() <= 2
+
+
+def test_a_black_16_bit_png() -> None:
+    assert xray.decode(encode(Image.fromarray(GREY.astype(np.uint16) * 0)), 32).max() == 0
+
+
 def test_one_bit() -> None:
     pixels = xray.decode(encode(Image.fromarray(GREY > 100)), 32)
     assert np.unique(pixels[:, :14]) == [0]

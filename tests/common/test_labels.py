@@ -62,6 +62,11 @@ FORMS = {
     "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
     "Patient Sex": lambda text: text.replace("Patient Gender", "Patient Sex").encode(),
     "byte order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16, as Windows writes it": lambda text: text.encode("utf-16"),
+    "UTF-16, the other way round": lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+    "spaces around the names": lambda text: (
+        text.replace("\n0", "\n 0").replace(".png,", ".png ,").encode()
+    ),
     "no end of the last line": lambda text: text.rstrip("\n").encode(),
     "only the columns that matter": lambda text: (
         pd.read_csv(io.StringIO(text), dtype=str)[HEAD.strip().split(",")]

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -168,18 +169,28 @@ def test_a_run_that_has_not_begun_to_train_leaves_nothing(home: Path, output: st
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.parametrize("output", ["file", "file/below"])
-def test_an_output_that_cannot_be_a_folder_is_known_at_the_start(output: str) -> None:
+OUTPUTS = ["file", "file/below", "loop", "loop/below", "/proc/mine", "/dev/null/mine", "x" * 300]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_an_output_that_cannot_be_a_folder_is_known_at_the_start(
+    output: str, capsys: pytest.CaptureFixture
+) -> None:
     Path("file").touch()
-    with pytest.raises(NotADirectoryError):
-        new_run("--output", output)
+    Path("loop").symlink_to("loop")
+    assert xray.run_script(lambda: new_run("--output", output) and None) == 2
+    assert output.split("/mine")[0].split("/below")[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("absent")])
+@pytest.mark.parametrize(
+    "make",
+    [Path.touch, lambda path: path.symlink_to("absent"), lambda path: path.symlink_to("runs")],
+    ids=["file", "dangling link", "loop"],
+)
 def test_runs_that_is_no_folder(make: Callable[[Path], None]) -> None:
     make(Path("runs"))
-    with pytest.raises((NotADirectoryError, FileExistsError)):
-        begin()
+    with pytest.raises(xray.UserError, match="no file can be made in runs"):
+        new_run()
 
 
 def test_a_run_that_has_begun_is_only_resumed() -> None:
@@ -312,13 +323,54 @@ def test_each_process_of_a_run_traces_an_epoch(model: Any, monkeypatch: pytest.M
 
 def test_files_of_the_users_stay(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train(model, monkeypatch, [0.5, 0.9])
-    mine = [Path("mine", name) for name in ("checkpoint-notes.txt", "my-checkpoint-1.weights.h5")]
+    names = (
+        "checkpoint-notes.txt", "my-checkpoint-1.weights.h5", "checkpoint-1.weights.h5.bak",
+        "checkpoint-01.weights.h5", "checkpoint-1 (copy).weights.h5", "checkpoint-best.weights.h5",
+    )  # fmt: skip
+    mine = [Path("mine", name) for name in names]
     for path in mine:
         path.write_text("mine")
     Path("mine/checkpoint-old").mkdir()
     train(model, monkeypatch, [0.5, 0.9, 0.8], "--resume")
     assert all(path.read_text() == "mine" for path in mine)
     assert Path("mine/checkpoint-old").is_dir()
+
+
+def test_a_limit_of_file_sizes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a full disk: HDF5 might crash."""
+    train(model, monkeypatch, [0.5])
+    before = contents(Path("mine"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large.*checkpoint-2.weights.h5"):
+            train(model, monkeypatch, [0.5, 0.9], "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = contents(Path("mine"))
+    assert after.keys() == before.keys()
+    train(model, monkeypatch, [0.5, 0.9], "--resume")
+
+
+def test_a_picture_that_fails_is_a_warning(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = train(model, monkeypatch, [0.5])
+    run.history["seconds"] = [1.0]
+    run._seconds["ingest"] = 1.0
+    labels = dict.fromkeys([*xray.LABELS, "mean"], 0.5)
+    report = pd.DataFrame(dict.fromkeys(["AUROC", "low", "high", "threshold"], labels))
+
+    def draw(*_: Any) -> None:
+        raise RuntimeError("latex could not be found")
+
+    monkeypatch.setattr(xray, "draw_report", draw)
+    run.finish(report, {}, 0)
+    screen = capsys.readouterr()
+    assert "warning: no report.png (latex could not be found)" in screen.err
+    assert json.loads(screen.out.splitlines()[-1]) == json.loads(
+        Path("mine/metrics.json").read_text()
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
+import yaml
+from fault_proxy import fault_proxy
 from helpers import client_of, edited, label_file, make_bucket, one_line, parse
-from sample_bucket import BUCKET, read_rows
+from sample_bucket import BUCKET, connect, read_rows
 
 import xray_tensorflow as xray
 
@@ -138,16 +140,93 @@ def test_error_codes(
     server.status, words = CODES[code]
     body = f"<Error><Code>{code}</Code><Message>S3's words,\nin two lines</Message><Region>eu-west-1</Region></Error>"
     server.body = body.encode()
-    assert words in select(client, monkeypatch, capsys)
+    error = select(client, monkeypatch, capsys)
+    assert words in error
+    assert f"{code}, S3's words, in two lines" in error
 
 
-@pytest.mark.parametrize("status", [200, 301, 403, 404, 502])
+def test_an_object_that_s3_refuses_is_named_with_s3s_words(failing: tuple) -> None:
+    server, client = failing
+    server.status = 403
+    words = "The operation is not valid for the object's storage class"
+    server.body = (
+        f"<Error><Code>InvalidObjectState</Code><Message>{words}</Message></Error>".encode()
+    )
+    with pytest.raises(xray.UserError) as error:
+        list(xray.fetch_images(client, BUCKET, {0: "images/a.png"}, 32))
+    for part in ("images/a.png", BUCKET, words, "restore"):
+        assert part in str(error.value)
+
+
+PAGES = {
+    "HTML": b"<!doctype html><html><body><br>Welcome</body></html>",
+    "XHTML": b"<html><body><p>Welcome</p></body></html>",
+    "another list": b"<ListAllMyBucketsResult><Buckets/></ListAllMyBucketsResult>",
+    "JSON": b'{"status": "ok"}',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("status", [200, 301, 302, 307, 308, 403, 404, 502])
 def test_a_server_that_is_not_s3(
-    failing: tuple, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    failing: tuple,
+    status: int,
+    page: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     server, client = failing
-    server.status, server.body = status, b"<!doctype html><html><body><br>Welcome</body></html>"
-    assert select(client, monkeypatch, capsys)
+    server.status, server.body = status, PAGES[page]
+    error = select(client, monkeypatch, capsys)
+    assert "is not S3: check endpoint_url" in error
+    assert "recursion" not in error
+
+
+def test_a_key_that_may_list_its_prefix_alone(credentials: Path, tmp_path: Path) -> None:
+    """Nothing but the prefix is listed, by the first request as by the others."""
+    with fault_proxy(yaml.safe_load(credentials.read_text())["endpoint_url"]) as proxy:
+        proxy.choose = lambda method, path: (
+            "denied" if "list-type" in path and "prefix=images%2F&" not in f"{path}&" else ""
+        )
+        keys = xray.read_credentials(str(edited(credentials, tmp_path, endpoint_url=proxy.url)))
+        arguments = parse("--images", "images")
+        assert len(xray.select_images(xray.connect(keys, arguments), arguments)) == 411
+        assert not proxy.injected
+
+
+def test_the_folders_of_the_pngs_are_named(
+    credentials: Path, tmp_path: Path, fails: Callable
+) -> None:
+    rows = read_rows()[:9]
+    images = {f"../images_00{part}/images/{name}": b"" for part, (name, _) in enumerate(rows[:2])}
+    make_bucket(credentials, "nih", label_file(rows), {})
+    s3 = connect(yaml.safe_load(credentials.read_text())["endpoint_url"])
+    for key in images:
+        s3.put_object(Bucket="nih", Key=key[len("../") :], Body=b"")
+    for prefix in ("images", ""):  # nothing is below it, or nothing that has a row
+        error = fails("--bucket", "nih", "--images", prefix)
+        assert "check --images" in error
+        assert "'images_000/images/', 'images_001/images/'" in error
+    with fault_proxy(s3.meta.endpoint_url) as proxy:  # no right to list more than the prefix
+        proxy.choose = lambda method, path: (
+            "denied" if "list-type" in path and "prefix=" not in path else ""
+        )
+        keys = edited(credentials, tmp_path, endpoint_url=proxy.url)
+        assert fails("--bucket", "nih", "--credentials", keys).endswith(": check --images")
+
+
+def test_a_listing_without_etags(credentials: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = xray.list_objects
+
+    def without(*where: object) -> list[dict]:
+        return [
+            {"Key": entry["Key"], "LastModified": entry["LastModified"]} for entry in listed(*where)
+        ]
+
+    monkeypatch.setattr(xray, "list_objects", without)
+    etags = xray.select_images(client_of(credentials), parse())["etag"]
+    assert etags.str.match("20[0-9]{2}-").all()  # the date in its place
 
 
 def test_unreachable(

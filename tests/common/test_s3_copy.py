@@ -191,6 +191,29 @@ def test_a_resumed_run_has_what_it_needs_and_drops_what_it_must(
     assert other.stored() == {**other.local(), **of_before}
 
 
+def test_objects_of_others_stay(place: Place, tmp_path: Path) -> None:
+    copy = claimed(place)
+    epoch(place, 1)
+    copy.update(place.folder)
+    names = (
+        "checkpoint-notes.txt", "checkpoint-01.weights.h5", "checkpoint-1.weights.h5.bak",
+        "history-csv", "checkpoint-old/checkpoint-1.weights.h5",
+    )  # fmt: skip
+    for name in names:
+        place.s3.put_object(
+            Bucket=BUCKET, Key=place.output.split("/", 3)[3] + f"/{name}", Body=b"mine"
+        )
+    other = Place(place.proxy, place.keys, place.output, tmp_path / "other", place.s3)
+    other.folder.mkdir()
+    resumed = claimed(other)
+    resumed.download(other.folder)
+    epoch(other, 2, 1)
+    resumed.update(other.folder)
+    stored = other.stored()
+    assert "checkpoint-1.weights.h5" not in stored
+    assert [stored.get(name) for name in names] == [b"mine"] * len(names)
+
+
 # ---- who has a prefix ----
 
 

@@ -121,6 +121,42 @@ def test_test_list(client: object, capsys: pytest.CaptureFixture) -> None:
     )
 
 
+FORMS = {
+    "byte-order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "CRLF and a comma": lambda text: text.replace("\n", ",\r\n").encode(),
+    "quotes": lambda text: "\n".join(f'"{name}"' for name in text.split()).encode(),
+    "semicolons": lambda text: ";".join(text.split()).encode(),
+    "a header": lambda text: f"Image Index\n{text}".encode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_test_lists_of_other_programs(client: object, form: str) -> None:
+    whole = xray.select_images(client, parse())
+    patients = sorted(set(whole["patient"]))[::5]
+    names = list(whole["image"][whole["patient"].isin(patients)])
+    s3 = connect(client.meta.endpoint_url)
+    s3.put_object(Bucket=BUCKET, Key="form.txt", Body=FORMS[form]("\n".join(names)))
+    table = xray.select_images(client, parse("--test-list", "form.txt"))
+    assert list(table["image"][table["split"] == "test"]) == names
+
+
+def test_names_of_the_test_list_without_a_row_are_counted_or_refused(
+    client: object, fails: object, capsys: pytest.CaptureFixture
+) -> None:
+    table = xray.select_images(client, parse())
+    patients = sorted(set(table["patient"]))[::5]
+    names = list(table["image"][table["patient"].isin(patients)])
+    put(client, "some.txt", [*names, "a.png", "b.png"])
+    xray.select_images(client, parse("--test-list", "some.txt"))
+    assert "2 in no row of the labels" in capsys.readouterr().out
+    put(client, "most.txt", [names[0], *(f"images/{name}" for name in names)])
+    error = fails("--test-list", "most.txt")
+    assert f"{len(names)} of {len(names) + 1} images" in error
+    assert f"images/{names[0]}" in error
+
+
 def test_test_list_with_a_patient_on_both_sides(client: object, fails: object) -> None:
     table = xray.select_images(client, parse())
     patient = table["patient"].value_counts().index[0]
@@ -132,7 +168,7 @@ def test_test_list_with_a_patient_on_both_sides(client: object, fails: object) -
 
 def test_test_list_with_no_image_of_the_bucket(client: object, fails: object) -> None:
     put(client, "other_list.txt", ["99999999_000.png"])
-    assert "test" in fails("--test-list", "other_list.txt")
+    assert "99999999_000.png" in fails("--test-list", "other_list.txt")
     assert "absent_list.txt" in fails("--test-list", "absent_list.txt")
 
 

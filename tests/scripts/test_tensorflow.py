@@ -322,7 +322,7 @@ def test_output_that_is_a_file(run: Any, fails: Callable, tmp_path: Path) -> Non
 USAGE = [
     ["--no-such-option"], ["--epochs", "0"], ["--epochs", "1.5"], ["--batch-size", "0"], ["--image-size", "16"],
     ["--limit", "-1"], ["--learning-rate", "nan"], ["--learning-rate", "0"], ["--seed", "-1"], ["--max-skipped", "2"],
-    ["--threads", "0"], ["--bucket"], ["surplus"],
+    ["--threads", "0"], ["--bucket"], ["surplus"], ["--cache", "s3://b/c"], ["--cache", "hdfs:c"],
 ]  # fmt: skip
 
 
