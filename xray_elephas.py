@@ -394,10 +394,12 @@ def first_line(error: Exception) -> str:
     text = str(error).split("\n: ", 1)[-1]
     _, in_python, trace = text.rpartition("Traceback (most recent call last):\n")
     if in_python:
-        return next(line for line in trace.splitlines() if not line.startswith(" "))
+        raised = next(line for line in trace.splitlines() if not line.startswith(" "))
+        return re.sub(r"^(\w+\.)+(?=\w+:)", "", raised.rstrip("."))
     says = re.sub(r".* executor \S+\): ", "", text.split("\n")[0])
-    causes = [says, *re.findall("^Caused by: (.*)", text, re.MULTILINE)[:1]]
-    return ", by ".join(re.sub(r"^([\w.$]+(Exception|Error): )+", "", cause) for cause in causes)
+    lines = [says, *re.findall("^Caused by: (.*)", text, re.MULTILINE)[:1]]
+    says, *causes = (re.sub(r"^([\w.$]+(Exception|Error): )+", "", line) for line in lines)
+    return ", by ".join([says, *(cause for cause in causes if cause not in says)])
 
 
 def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:

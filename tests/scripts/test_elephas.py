@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -735,16 +736,102 @@ def test_too_few_for_one_worker() -> None:
         xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), parse_elephas(), slots=2)
 
 
-def test_errors_that_the_user_can_fix() -> None:
+# Beginnings of what Py4J says, with the words of a fault in place of {}.
+OF_A_TASK = (
+    "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n: "
+    "org.apache.spark.SparkException: Job aborted due to stage failure: Task 3 in stage 0.0 failed "
+    "4 times, most recent failure: Lost task 3.3 in stage 0.0 (TID 9) (10.0.0.7 executor 2): {}\n"
+    "\tat org.apache.spark.Task.run(Task.scala:141)\n\nDriver stacktrace:\n\tat org.apache.Dag"
+)
+OF_JAVA = (
+    "An error occurred while calling None.org.apache.spark.api.java.JavaSparkContext.\n: {}\n\tat x"
+)
+OF_PYTHON = (
+    "org.apache.spark.api.python.PythonException: Traceback (most recent call last):\n"
+    '  File "worker.py", line 1, in main\n    process()\n{}\n'
+)
+
+
+@pytest.fixture
+def java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Java that answers."""
+    lives = types.SimpleNamespace(System=types.SimpleNamespace(nanoTime=lambda: 1))
+    monkeypatch.setattr(xray.SparkContext, "_jvm", lives)
+
+
+def raised(frame: str, words: str, mode: str = "synchronous") -> Exception:
+    """What the script raises where Py4J says these words."""
+    return xray.spark_error(xray.Py4JError(frame.format(words)), mode)
+
+
+def test_errors_that_the_user_can_fix(java: None) -> None:
     """What Java says of them, in each mode: the traceback of a task, for one."""
-    lost = Exception("Job aborted: ExecutorLostFailure (executor 1 exited)")
-    assert "--resume" in str(xray.spark_error(lost, "hogwild"))
-    assert "--resume" not in str(xray.spark_error(lost, "synchronous"))
-    diverged = xray.spark_error(Exception(f"RuntimeError: {xray.DIVERGED}\n  at org"), "hogwild")
+    for words in (
+        "ExecutorLostFailure (executor 1 exited)",
+        "org.apache.spark.SparkException: Python worker exited unexpectedly (crashed)",
+    ):
+        assert "--resume" in str(raised(OF_A_TASK, words, "hogwild"))
+        assert str(raised(OF_A_TASK, words)).startswith("an executor was lost")
+    diverged = raised(OF_A_TASK, OF_PYTHON.format(f"RuntimeError: {xray.DIVERGED}"), "hogwild")
     assert isinstance(diverged, xray.UserError)
     assert "use a smaller --learning-rate" in str(diverged)
-    other = Exception("ZeroDivisionError")
-    assert xray.spark_error(other, "hogwild") is other
+    ended = "org.apache.spark.SparkException: Job 3 cancelled because SparkContext was shut down"
+    assert "the cluster has ended the run" in str(raised(OF_JAVA, ended))
+
+
+@pytest.mark.parametrize(
+    ("frame", "words", "shown"),
+    [
+        (OF_A_TASK, 'java.io.IOException: Cannot run program "/no/python": error=2', "/no/python"),
+        (OF_A_TASK, OF_PYTHON.format("ModuleNotFoundError: No module named 'h5py'"), "h5py"),
+        (OF_A_TASK, OF_PYTHON.format("urllib.error.URLError: <refused>\nsaid twice"), "<refused>"),
+        (OF_A_TASK, OF_PYTHON.format("MemoryError"), "MemoryError"),
+        (OF_A_TASK, "java.io.IOException: No space left on device", "No space left on device"),
+        (OF_JAVA, "java.lang.X: no\nCaused by: java.net.ConnectException: refused", "refused"),
+        (OF_JAVA, "org.apache.spark.SparkException: Could not parse Master URL: 'x'", "URL: 'x'"),
+    ],
+)
+def test_any_other_fault_of_a_cluster_is_its_cause(
+    java: None, monkeypatch: pytest.MonkeyPatch, frame: str, words: str, shown: str
+) -> None:
+    before = raised(frame, words)
+    assert str(before).startswith("Spark does not start: ")
+    there = types.SimpleNamespace(pythonExec="/there/python3")
+    monkeypatch.setattr(xray.SparkContext, "_active_spark_context", there)
+    problem = raised(frame, words)
+    assert isinstance(problem, xray.UserError)
+    assert shown in str(problem)
+    assert "Exception" not in str(problem)
+    assert ("on 10.0.0.7, with Python /there/python3" in str(problem)) == (frame == OF_A_TASK)
+    assert "--resume" in str(problem)
+
+
+def test_bugs_keep_their_traceback(java: None) -> None:
+    for words in ("ZeroDivisionError: division by zero", "AssertionError", "KeyError: 'x'"):
+        assert type(raised(OF_A_TASK, OF_PYTHON.format(words))) is xray.Py4JError
+    for error in (ZeroDivisionError(), OSError(28, "No space left"), xray.UserError("x")):
+        assert xray.spark_error(error, "hogwild") is error
+
+
+def test_a_java_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xray.SparkContext, "_jvm", None)
+    for error in (ConnectionRefusedError(), xray.Py4JError("x"), EOFError()):
+        assert "Java was killed" in str(xray.spark_error(error, "synchronous"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("JAVA_HOME", "/nowhere", "Spark's Java does not start"),
+        ("SPARK_HOME", "/nowhere", "'/nowhere/./bin/spark-submit'"),
+        ("PYSPARK_SUBMIT_ARGS", "--conf", "Spark's Java does not start"),
+    ],
+)
+def test_java_that_does_not_start(
+    credentials: Path, name: str, value: str, problem: str, tmp_path: Path
+) -> None:
+    command = ["env", f"{name}={value}", sys.executable, SCRIPT, "--credentials", credentials]
+    assert problem in error_line(run_process(command, cwd=tmp_path))
 
 
 def settings(*options: Any, **conf: str) -> dict[str, str]:
@@ -766,6 +853,14 @@ def test_settings() -> None:
     on_yarn = settings(spark__master="yarn")
     assert on_yarn["spark.authenticate"] == on_yarn["spark.network.crypto.enabled"] == "true"
     assert on_yarn["spark.yarn.maxAppAttempts"] == "1"
+
+
+def test_settings_that_leave_no_executor_or_slot() -> None:
+    for name in ("spark.executor.instances", "spark.executor.cores", "spark.task.cpus"):
+        for value in ("0", "two", ""):
+            with pytest.raises(xray.UserError, match=f"^{name} is {value}: "):
+                settings(**{name.replace(".", "__"): value})
+    assert settings(spark__executor__cores="1", spark__task__cpus="2")  # which Spark refuses
 
 
 def test_memory_counts_images_and_workers() -> None:
