@@ -8,6 +8,7 @@ need a process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -27,6 +28,7 @@ from typing import Any, Callable
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from helpers import (
     CLUSTER,
     QUICK,
@@ -34,6 +36,7 @@ from helpers import (
     SECRETS,
     Finished,
     as_options,
+    edited,
     error_line,
     free_port,
     result_of,
@@ -55,6 +58,12 @@ def losses(folder: Path) -> np.ndarray:
         return np.array(
             [[float(row[name] or "nan") for name in names] for row in csv.DictReader(file)]
         )
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in tasks for child in path.read_text().split()]
 
 
 def executors_of(pid: int) -> list[int]:
@@ -472,8 +481,9 @@ def elephas_bytes(weights: list[np.ndarray]) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", ["executor", "its Python"])
 def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_resumed(
-    submitted: tuple, asynchronous: list, port: int, tmp_path: Path
+    submitted: tuple, asynchronous: list, port: int, tmp_path: Path, victim: str
 ) -> None:
     killed, pages = [], free_port()
 
@@ -482,6 +492,8 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_re
         kept = (tmp_path / "run" / "history.csv").exists()
         if not killed and kept and running_tasks(pages) == 2:
             killed.extend(executors_of(drivers(tmp_path)["java"])[:1])
+            if victim == "its Python":
+                killed[:] = children(*children(killed[0]))
             os.kill(killed[0], signal.SIGKILL)
         return False
 
@@ -591,6 +603,149 @@ def test_a_killed_driver_leaves_no_process(
             Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in running
         ]
         time.sleep(0.5)
+
+
+def members(session: int) -> dict[int, str]:
+    """The processes of a session, and their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ended = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+            if os.getsid(int(folder.name)) == session and not ended:
+                found[int(folder.name)] = (folder / "cmdline").read_text()
+    return found
+
+
+def run_apart(
+    start: list[Any], words: list[Any], folder: Path, act: Callable[[], bool]
+) -> tuple[Finished, int]:
+    """Run the script in a session of its own, and `act` on it again and again until it is True."""
+    command = ["setsid", "env", f"PYSPARK_PYTHON={sys.executable}", *start, SCRIPT, *QUICK, *words]
+    sessions = []
+
+    def once() -> bool:
+        with contextlib.suppress(KeyError):
+            sessions[:] = sessions or [os.getsid(drivers(folder)["python"])]
+        return bool(sessions) and act(sessions[0])
+
+    finished = run_process(command, cwd=folder, stop=(once, 0))
+    return finished, sessions[0]
+
+
+START = {
+    "python": [sys.executable],
+    "spark-submit": [Path(sys.executable).with_name("spark-submit"), *CLUSTER],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "mode", "moment"),
+    [
+        ("python", "synchronous", "ingest"),
+        ("python", "asynchronous", "epoch"),
+        ("spark-submit", "synchronous", "epoch"),
+        ("spark-submit", "asynchronous", "validation"),
+    ],
+)
+def test_ctrl_c(
+    submitted: tuple, asynchronous: list, tmp_path: Path, start: str, mode: str, moment: str
+) -> None:
+    """A terminal sends it to all processes at once: driver, Java and executors."""
+    history = tmp_path / "run" / "history.csv"
+    epochs = 2 if moment == "validation" else 30
+    mark = tmp_path / "cache" if moment == "ingest" else history
+
+    def press(session: int) -> bool:
+        reached = mark.exists() and time.time() > mark.stat().st_mtime + 1
+        if moment == "validation":
+            reached = mark.exists() and len(pd.read_csv(mark)) == epochs
+        if reached:
+            os.killpg(session, signal.SIGINT)
+        return reached
+
+    words = [*asynchronous, "--mode", mode, "--epochs", epochs, "--cache", tmp_path / "cache"]
+    if start == "spark-submit":
+        words = [*asynchronous, "--mode", mode, "--epochs", epochs]
+    finished, session = run_apart(START[start], words, tmp_path, press)
+    shown = finished.stderr + finished.stdout
+    assert finished.code == 130, shown
+    assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
+    assert "xray_elephas.py: interrupted: " in shown.splitlines()[-1]
+    assert history.exists() == (moment != "ingest")
+    deadline = time.monotonic() + 10
+    while left := members(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["synchronous", "hogwild"])
+def test_a_killed_java_is_one_line(
+    submitted: tuple, asynchronous: list, tmp_path: Path, mode: str
+) -> None:
+    history = tmp_path / "run" / "history.csv"
+
+    def kill_it(session: int) -> bool:
+        if not history.exists():
+            return False
+        (java,) = (pid for pid, words in members(session).items() if "SparkSubmit" in words)
+        os.kill(java, signal.SIGKILL)
+        return True
+
+    words = [*asynchronous, "--mode", mode, "--epochs", 30]
+    finished, session = run_apart(START["python"], words, tmp_path, kill_it)
+    assert error_line(finished).startswith("Spark's Java was killed")
+    assert not members(session)
+
+
+@pytest.mark.slow
+def test_settings_of_clusters_and_a_proxy_that_is_for_s3(
+    submitted: tuple, asynchronous: list, credentials: Path, tmp_path: Path
+) -> None:
+    """Encrypted files, limits that are far too low for training, and what else an environment may
+    have.
+    """
+    endpoint = yaml.safe_load(credentials.read_text())["endpoint_url"]
+    # The proxy, which nobody is, is told apart by name: S3 is localhost, the server 127.0.0.1.
+    keys = edited(credentials, tmp_path, endpoint_url=endpoint.replace("127.0.0.1", "localhost"))
+    conf = (
+        *LOOPBACK,
+        "spark.io.encryption.enabled=true",
+        "spark.executor.pyspark.memory=600m",
+        "spark.driver.maxResultSize=1m",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        patch.setenv("no_proxy", "localhost")
+        patch.setenv("SPARK_REMOTE", "sc://nowhere")
+        words = [*asynchronous, "--credentials", keys, "--epochs", 1]
+        result_of(submit(tmp_path, *words, conf=conf))
+        words = ["--mode", "synchronous", "--epochs", 1, "--output", tmp_path / "other"]
+        result_of(submit(tmp_path, *asynchronous, "--credentials", keys, *words, conf=conf))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("conf", "problem"),
+    [
+        ("spark.master=spark://127.0.0.1:9", "the cluster spark://127.0.0.1:9 does not answer"),
+        ("spark.master=nonsense", "Spark does not start: Could not parse Master URL"),
+        ("spark.task.cpus=64", "Spark does not start: "),
+        ("spark.pyspark.python=/no/python3", "with Python /no/python3: Cannot run program"),
+        ("spark.driver.host=nowhere.invalid", "nowhere.invalid"),
+    ],
+)
+def test_a_spark_that_does_not_start(
+    asynchronous: list, tmp_path: Path, conf: str, problem: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "PYSPARK_SUBMIT_ARGS", f"--conf {conf} --conf spark.driver.bindAddress=0.0.0.0"
+        )
+        command = [sys.executable, SCRIPT, *QUICK, *asynchronous]
+        assert problem in error_line(run_process(command, cwd=tmp_path))
 
 
 @pytest.mark.slow
