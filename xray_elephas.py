@@ -32,8 +32,7 @@ each task slot trains a copy of the model on its share of the images, by Elephas
   from the last epoch that was kept, each copy's Adam anew. The server asks for a key that the run
   makes; traffic with it is not encrypted: use a private network.
 The learning rate is --learning-rate times the workers. Settings of Spark that you name win over the
-script's, but for dynamic allocation, which is off: the images are divided once among a fixed number
-of workers.
+script's, but for the few in REQUIRED.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
