@@ -376,7 +376,8 @@ def spark_error(error: Exception, mode: str) -> Exception:
         text = str(error)  # of a Java exception: asks Java
     except Exception:  # noqa: BLE001  whatever Py4J makes of a Java that does not answer
         return UserError(f"Spark's Java was killed, perhaps for memory, or crashed: {resume}")
-    if not isinstance(error, (Py4JError, PySparkException)):
+    # PySpark makes a PicklingError of a full disk.
+    if not isinstance(error, (Py4JError, PySparkException, pickle.PicklingError)):
         return error
     executor_lost = "give it more spark.executor.memoryOverhead or spark.executor.memory"
     if mode != SYNCHRONOUS:

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -959,6 +960,12 @@ def test_any_other_fault_of_a_cluster_is_its_cause(
     assert "Exception" not in str(problem)
     assert ("on 10.0.0.7, with Python /there/python3" in str(problem)) == (frame == OF_A_TASK)
     assert "--resume" in str(problem)
+
+
+def test_a_full_disk_of_the_driver(java: None) -> None:
+    full = pickle.PicklingError("Could not serialize broadcast: OSError: [Errno 28] No space left")
+    assert "No space left" in str(xray.spark_error(full, "hogwild"))
+    assert isinstance(xray.spark_error(full, "hogwild"), xray.UserError)
 
 
 def test_bugs_keep_their_traceback(java: None) -> None:
