@@ -120,6 +120,7 @@ from pyspark import (
     TaskContext,
 )
 from pyspark.errors import PySparkException
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 # ---- target: Elephas on Spark ----
@@ -191,6 +192,7 @@ NIH_IMAGES = 112_120  # in ChestX-ray14
 WORKER_MB = 1700
 # Copies of its images that a worker holds at peak (measured).
 COPIES = 1.2
+CLASSES = r"^([\w.$]+(Exception|Error): )+"  # before the text of an exception of Java
 # What a cluster's configuration may have otherwise, and training needs.
 REQUIRED = {
     # EMR's own configuration turns both on. The training split is divided once, among a fixed
@@ -247,15 +249,30 @@ def start_java() -> None:
         if "pyspark-shell" not in words:
             words += " pyspark-shell"
         os.environ["PYSPARK_SUBMIT_ARGS"] = words
+    receiver, sender = os.pipe()  # of what Java prints: where it does not start, that is the cause
     try:
-        # Before it, SparkConf knows nothing of what the user has set.
-        SparkContext._ensure_initialized()
+        gateway = launch_gateway(popen_kwargs={"stderr": sender})
     except (PySparkException, OSError) as error:
+        os.close(sender)
+        with os.fdopen(receiver, errors="replace") as said:
+            lines = said.read().splitlines() or [str(error)]
+        cause = next((line for line in lines if re.search("Exception|rror", line)), lines[0])
+        cause = re.sub(CLASSES, "", cause.removeprefix('Exception in thread "main" '))
         fix = "check JAVA_HOME, SPARK_HOME and PYSPARK_SUBMIT_ARGS"
-        raise UserError(f"Spark's Java does not start ({error}): {fix}") from None
+        raise UserError(f"Spark's Java does not start ({cause}): {fix}") from None
+    os.close(sender)
+    threading.Thread(target=pass_on, args=(receiver,), daemon=True).start()
+    # Before it, SparkConf knows nothing of what the user has set.
+    SparkContext._ensure_initialized(gateway=gateway)
     # Ctrl-C is Python's to answer. PySpark's own Java ignores it, spark-submit's does not.
     signals = SparkContext._jvm.sun.misc
     signals.Signal.handle(signals.Signal("INT"), signals.SignalHandler.SIG_IGN)
+
+
+def pass_on(receiver: int) -> None:
+    """Write what comes from the pipe to stderr."""
+    while said := os.read(receiver, 2**16):
+        os.write(2, said)
 
 
 def in_cluster_mode() -> bool:
@@ -418,7 +435,7 @@ def first_line(error: Exception) -> str:
         return re.sub(r"^(\w+\.)+(?=\w+:)", "", raised.rstrip("."))
     says = re.sub(r".* executor \S+\): ", "", text.split("\n")[0])
     lines = [says, *re.findall("^Caused by: (.*)", text, re.MULTILINE)[:1]]
-    says, *causes = (re.sub(r"^([\w.$]+(Exception|Error): )+", "", line) for line in lines)
+    says, *causes = (re.sub(CLASSES, "", line) for line in lines)
     return ", by ".join([says, *(cause for cause in causes if cause not in says)])
 
 
