@@ -213,13 +213,14 @@ def spark_java(mode: str) -> Iterator[None]:
     Jobs and executors end with it.
     """
     start_java()
+    in_cluster_mode = SparkConf().get("spark.submit.deployMode") == "cluster"
     # Py4J logs each exception, with its traceback, on the root logger before it raises it.
     logging.getLogger().addFilter(lambda record: False)
     try:
         yield
     except Exception as error:  # noqa: BLE001  raised again, where it is a bug
         problem = spark_error(error, mode)
-        if in_cluster_mode():
+        if in_cluster_mode:
             tell_yarn(f"{Path(sys.argv[0]).name}: error: {problem}")
         raise problem from None
     finally:
@@ -275,26 +276,21 @@ def pass_on(receiver: int) -> None:
         os.write(2, said)
 
 
-def in_cluster_mode() -> bool:
-    return SparkConf().get("spark.submit.deployMode", "client") == "cluster"
-
-
 def tell_yarn(problem: str) -> None:
     """Have YARN say why the run failed: its words are spark-submit's last lines in cluster mode.
 
     Spark itself tells it the exit code alone.
     """
     java = SparkContext._jvm.org.apache
-    module = getattr(getattr(java.spark.deploy.yarn, "ApplicationMaster$"), "MODULE$")
-    master = getattr(module, "org$apache$spark$deploy$yarn$ApplicationMaster$$master")()
-    failed = java.hadoop.yarn.api.records.FinalApplicationStatus.FAILED
-    with contextlib.suppress(Py4JError, OSError):  # Java may end before it answers
-        master.finish(failed, 2, problem)
+    with contextlib.suppress(Exception):  # Java may end before it answers, or the master is no YARN
+        module = getattr(getattr(java.spark.deploy.yarn, "ApplicationMaster$"), "MODULE$")
+        master = getattr(module, "org$apache$spark$deploy$yarn$ApplicationMaster$$master")()
+        master.finish(java.hadoop.yarn.api.records.FinalApplicationStatus.FAILED, 2, problem)
 
 
 def check_cluster_mode(arguments: argparse.Namespace) -> None:
     """Raise UserError for a run in cluster mode whose results would be lost, or that is repeated."""
-    if not in_cluster_mode():
+    if SparkConf().get("spark.submit.deployMode", "client") != "cluster":
         return
     if not (arguments.output or "").startswith(("s3://", "/")):
         problem = "in cluster mode the run folder is deleted with the driver's container"
