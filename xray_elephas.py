@@ -208,10 +208,7 @@ REQUIRED = {
 
 @contextlib.contextmanager
 def spark_java(mode: str) -> Iterator[None]:
-    """Spark's Java for the block, turning what Spark raises there into UserErrors.
-
-    Jobs and executors end with it.
-    """
+    """Spark's Java for the block, whose jobs end with it; what Spark raises becomes a UserError."""
     start_java()
     in_cluster_mode = SparkConf().get("spark.submit.deployMode") == "cluster"
     # Py4J logs each exception, with its traceback, on the root logger before it raises it.
@@ -257,7 +254,7 @@ def start_java() -> None:
         os.close(sender)
         with os.fdopen(receiver, errors="replace") as said:
             lines = said.read().splitlines() or [str(error)]
-        cause = next((line for line in lines if re.search("Exception|rror", line)), lines[0])
+        cause, *_ = [line for line in lines if re.search("Exception|rror", line)] or lines
         cause = re.sub(CLASSES, "", cause.removeprefix('Exception in thread "main" '))
         fix = "check JAVA_HOME, SPARK_HOME and PYSPARK_SUBMIT_ARGS"
         raise UserError(f"Spark's Java does not start ({cause}): {fix}") from None
@@ -277,10 +274,7 @@ def pass_on(receiver: int) -> None:
 
 
 def tell_yarn(problem: str) -> None:
-    """Have YARN say why the run failed: its words are spark-submit's last lines in cluster mode.
-
-    Spark itself tells it the exit code alone.
-    """
+    """Have YARN, which spark-submit quotes at the end in cluster mode, say why the run failed."""
     java = SparkContext._jvm.org.apache
     with contextlib.suppress(Exception):  # Java may end before it answers, or the master is no YARN
         module = getattr(getattr(java.spark.deploy.yarn, "ApplicationMaster$"), "MODULE$")
@@ -377,10 +371,7 @@ def count(conf: SparkConf, name: str, default: str = "1") -> int:
 
 
 def spark_error(error: Exception, mode: str) -> Exception:
-    """The UserError for what Spark, its Java or the cluster has raised; any other error as it is.
-
-    An error of a worker's Python that is a bug of this script stays as it is, too.
-    """
+    """A UserError for what Spark, its Java or the cluster raised; a bug of this script as it is."""
     if isinstance(error, UserError):
         return error
     resume = "--resume and this run's --output go on where an epoch was kept"
@@ -484,10 +475,7 @@ def claim_port(context: SparkContext, port: int) -> None:
 
 
 def warm_up(context: SparkContext, slots: int) -> None:
-    """Import in the executors' Python processes what training imports.
-
-    Raises UserError that names each host which lacks it or has other versions than the driver.
-    """
+    """Import on the executors what training does. Raises UserError for a host that differs."""
     modules = ["boto3", "elephas.spark_model", "pandas", "PIL", "scipy", "sklearn", "yaml"]
     packages = ["tensorflow", "keras", "numpy"]
     wanted = [importlib.metadata.version(name) for name in packages]
@@ -506,10 +494,9 @@ def warm_up(context: SparkContext, slots: int) -> None:
         gc.freeze()  # kept_model says why
         return [f"{socket.gethostname()}, {sys.executable}: {problem}"] if problem else []
 
-    problems = context.parallelize(range(slots), slots).flatMap(prepare).collect()
+    problems = set(context.parallelize(range(slots), slots).flatMap(prepare).collect())
     if problems:
-        fix = "run elephas_libs.sh on each host"
-        raise UserError(f"{'; '.join(sorted(set(problems)))}: {fix}")
+        raise UserError(f"{'; '.join(sorted(problems))}: run elephas_libs.sh on each host")
 
 
 def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int) -> int:

@@ -795,6 +795,14 @@ def test_wrong_credentials(tmp_path: Path) -> None:
     assert "credentials.yml has no aws_secret_key_id" in error_line(submit(tmp_path))
 
 
+def test_weights_are_loaded_before_the_cluster_is_taken(credentials: Path, tmp_path: Path) -> None:
+    nobody = "PYSPARK_SUBMIT_ARGS=--conf spark.master=spark://127.0.0.1:9"
+    words = [*QUICK, "--credentials", credentials, "--weights", tmp_path / "no.weights.h5"]
+    finished = run_process(["env", nobody, sys.executable, SCRIPT, *words], cwd=tmp_path)
+    assert error_line(finished).startswith("cannot load --weights")
+    assert "Setting Spark log level" not in finished.stderr
+
+
 # ---- plain functions ----
 
 
