@@ -32,8 +32,7 @@ each task slot trains a copy of the model on its share of the images, by Elephas
   from the last epoch that was kept, each copy's Adam anew. The server asks for a key that the run
   makes; traffic with it is not encrypted: use a private network.
 The learning rate is --learning-rate times the square root of the workers. Settings of Spark that
-you name win over the script's, but for dynamic allocation, which is off: the images are divided
-once among a fixed number of workers.
+you name win over the script's, but for the few in REQUIRED.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -65,6 +64,7 @@ Wang et al., CVPR 2017.
 # ///
 
 import argparse
+import builtins
 import codecs
 import contextlib
 import errno
@@ -74,7 +74,6 @@ import gc
 import hashlib
 import hmac
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -82,6 +81,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import queue
 import re
 import resource
@@ -94,6 +94,7 @@ import tempfile
 import threading
 import time
 import types
+import urllib.request
 import uuid
 import warnings
 from collections import defaultdict
@@ -112,7 +113,7 @@ import sklearn.metrics
 import yaml
 from botocore.config import Config
 from PIL import Image, UnidentifiedImageError
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import (
     RDD,
     Accumulator,
@@ -124,6 +125,7 @@ from pyspark import (
 )
 from pyspark.accumulators import AddingAccumulatorParam
 from pyspark.errors import PySparkException
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import DataFrame, SparkSession
 
 # ---- target: Elephas on Spark ----
@@ -142,14 +144,16 @@ LOST_FIX = (
 def main() -> None:
     arguments = elephas_parser().parse_args()
     credentials = read_credentials(arguments.credentials)
-    start_java()
-    check_cluster_mode(arguments)
-    run = Run(arguments, credentials)
-    with run.timed("ingest"):
-        client = connect(credentials, arguments)
-    with run.timed("setup"):
-        session = start_spark(arguments)
-    with stopping(session, arguments.mode):
+    with spark_java(arguments.mode):
+        check_cluster_mode(arguments)
+        run = Run(arguments, credentials)
+        with run.timed("ingest"):
+            client = connect(credentials, arguments)
+        with run.timed("setup"):
+            if arguments.weights != "none":  # what cannot be loaded is better known before
+                import_tensorflow()
+                build_cnn(arguments, np.zeros((0, len(LABELS)), np.float32))
+            session = start_spark(arguments)
         # After Spark's start, since YARN gives up a driver that has no SparkContext for 100 s.
         with run.timed("ingest"):
             table = select_images(client, arguments)
@@ -193,10 +197,42 @@ NIH_IMAGES = 112_120  # in ChestX-ray14
 WORKER_MB = 1700
 # Copies of its images that a worker holds at peak (measured).
 COPIES = 1.2
+CLASSES = r"^([\w.$]+(Exception|Error): )+"  # before the text of an exception of Java
+# What a cluster's configuration may have otherwise, and training needs.
+REQUIRED = {
+    # EMR's own configuration turns both on. The training split is divided once, among a fixed
+    # number of executors, and without dynamic allocation the service is of no use: it does not know
+    # YARN's secret.
+    "spark.dynamicAllocation.enabled": "false",
+    "spark.shuffle.service.enabled": "false",
+    "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch
+    # A limit of address space, of which TensorFlow takes far more than of memory.
+    "spark.executor.pyspark.memory": "0",
+}
+
+
+@contextlib.contextmanager
+def spark_java(mode: str) -> Iterator[None]:
+    """Spark's Java for the block, whose jobs end with it; what Spark raises becomes a UserError."""
+    start_java()
+    in_cluster_mode = SparkConf().get("spark.submit.deployMode") == "cluster"
+    # Py4J logs each exception, with its traceback, on the root logger before it raises it.
+    logging.getLogger().addFilter(lambda record: False)
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  raised again, where it is a bug
+        problem = spark_error(error, mode)
+        if in_cluster_mode:
+            tell_yarn(f"{Path(sys.argv[0]).name}: error: {problem}")
+        raise problem from None
+    finally:
+        if java := SparkContext._gateway.proc:  # else spark-submit's, which waits for this process
+            java.stdin.close()
+            java.wait()
 
 
 def start_java() -> None:
-    """Start Spark's Java, if spark-submit has not. Raises UserError where the machine has none."""
+    """Start Spark's Java, if spark-submit has not. Raises UserError where it does not start."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
             try:
@@ -211,11 +247,44 @@ def start_java() -> None:
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         # Spark would give the one Java that holds driver and executor 1 GB; Java's own rule is a
         # quarter.
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        words = f"--driver-memory {memory // 4 // 2**20}m pyspark-shell"
-        os.environ.setdefault("PYSPARK_SUBMIT_ARGS", words)
+        memory = memory_limit() // 4 // 2**20
+        words = os.environ.get("PYSPARK_SUBMIT_ARGS", f"--driver-memory {memory}m")
+        if "pyspark-shell" not in words:
+            words += " pyspark-shell"
+        os.environ["PYSPARK_SUBMIT_ARGS"] = words
+    receiver, sender = os.pipe()  # of what Java prints: where it does not start, that is the cause
+    try:
+        gateway = launch_gateway(popen_kwargs={"stderr": sender})
+    except (PySparkException, OSError) as error:
+        os.close(sender)
+        with os.fdopen(receiver, errors="replace") as said:
+            lines = said.read().splitlines() or [str(error)]
+        cause, *_ = [line for line in lines if re.search("Exception|rror", line)] or lines
+        cause = re.sub(CLASSES, "", cause.removeprefix('Exception in thread "main" '))
+        fix = "check JAVA_HOME, SPARK_HOME and PYSPARK_SUBMIT_ARGS"
+        raise UserError(f"Spark's Java does not start ({cause}): {fix}") from None
+    os.close(sender)
+    threading.Thread(target=pass_on, args=(receiver,), daemon=True).start()
     # Before it, SparkConf knows nothing of what the user has set.
-    SparkContext._ensure_initialized()
+    SparkContext._ensure_initialized(gateway=gateway)
+    # Ctrl-C is Python's to answer. PySpark's own Java ignores it, spark-submit's does not.
+    signals = SparkContext._jvm.sun.misc
+    signals.Signal.handle(signals.Signal("INT"), signals.SignalHandler.SIG_IGN)
+
+
+def pass_on(receiver: int) -> None:
+    """Write what comes from the pipe to stderr."""
+    while said := os.read(receiver, 2**16):
+        os.write(2, said)
+
+
+def tell_yarn(problem: str) -> None:
+    """Have YARN, which spark-submit quotes at the end in cluster mode, say why the run failed."""
+    java = SparkContext._jvm.org.apache
+    with contextlib.suppress(Exception):  # Java may end before it answers, or the master is no YARN
+        module = getattr(getattr(java.spark.deploy.yarn, "ApplicationMaster$"), "MODULE$")
+        master = getattr(module, "org$apache$spark$deploy$yarn$ApplicationMaster$$master")()
+        master.finish(java.hadoop.yarn.api.records.FinalApplicationStatus.FAILED, 2, problem)
 
 
 def check_cluster_mode(arguments: argparse.Namespace) -> None:
@@ -239,20 +308,22 @@ def start_spark(arguments: argparse.Namespace) -> SparkSession:
     conf = SparkConf()
     for name, value in spark_settings(arguments, conf).items():
         conf.setIfMissing(name, value)
-    # EMR's own configuration turns both on. The training split is divided once, among a fixed
-    # number of executors, and without dynamic allocation the service is of no use: it does not know
-    # YARN's secret.
-    conf.set("spark.dynamicAllocation.enabled", "false")
-    conf.set("spark.shuffle.service.enabled", "false")
-    try:
-        return SparkSession.builder.config(conf=conf).getOrCreate()
-    except Py4JJavaError as error:
-        raise UserError(f"Spark does not start: {first_line(error)}") from None
+    for name, value in REQUIRED.items():
+        conf.set(name, value)
+    handler = signal.getsignal(signal.SIGINT)
+    # Not by SparkSession.builder, which follows SPARK_REMOTE to a Spark that has no executors.
+    context = SparkContext.getOrCreate(conf)
+    # PySpark's own handler calls Java, and KeyboardInterrupt does not arrive.
+    signal.signal(signal.SIGINT, handler)
+    # Its server for accumulators shows a traceback where Java ends first.
+    context._accumulatorServer.handle_error = lambda *_: None
+    return SparkSession(context)
 
 
 def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, str]:
     """Spark's configuration for what the user has not set."""
-    slots = int(conf.get("spark.executor.cores", "1")) // int(conf.get("spark.task.cpus", "1"))
+    # Spark itself refuses more cores a task than an executor has.
+    slots = max(1, count(conf, "spark.executor.cores") // count(conf, "spark.task.cpus"))
     overhead = 400 + slots * worker_megabytes(arguments, conf, slots)
     settings = {
         "spark.master": "local[*]",
@@ -260,7 +331,6 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         "spark.speculation": "false",
         "spark.python.worker.reuse": "true",  # a worker process keeps its model
         "spark.executor.memoryOverhead": f"{overhead}m",
-        "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch
         # In batches a task would hold thousands of the cache's images.
         "spark.sql.parquet.enableVectorizedReader": "false",
         # EMR keeps one copy on few nodes: the cache would go with one of them.
@@ -268,7 +338,7 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         "spark.executorEnv.KERAS_BACKEND": "tensorflow",
         "spark.executorEnv.TF_ENABLE_ONEDNN_OPTS": "1",
         "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
-        "spark.log.level": "ERROR",
+        "spark.log.level": "OFF",  # screens of Java: spark_error has the line that helps
         "spark.ui.showConsoleProgress": "true",
     }
     if arguments.mode != SYNCHRONOUS:
@@ -295,45 +365,71 @@ def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int)
 def count_executors(conf: SparkConf) -> int:
     """The executors that are asked for; without a number YARN gives two."""
     default = "2" if conf.get("spark.master", "local").startswith("yarn") else "1"
-    return int(conf.get("spark.executor.instances", default))
+    return count(conf, "spark.executor.instances", default)
 
 
-@contextlib.contextmanager
-def stopping(session: SparkSession, mode: str) -> Iterator[None]:
-    """Stop the session at the end of the block, and turn Spark's errors in it into UserErrors."""
-    try:
-        yield
-    except (Py4JJavaError, PySparkException) as error:
-        raise spark_error(error, mode) from None
-    finally:
-        session.stop()
+def count(conf: SparkConf, name: str, default: str = "1") -> int:
+    """A number in Spark's configuration. Raises UserError where it is not from 1 on."""
+    text = conf.get(name, default)
+    if not (text.isdecimal() and int(text)):
+        raise UserError(f"{name} is {text}: it must be a whole number from 1 on")
+    return int(text)
 
 
 def spark_error(error: Exception, mode: str) -> Exception:
-    """What the user can fix, as a UserError; any other error as it is."""
+    """A UserError for what Spark, its Java or the cluster raised; a bug of this script as it is."""
+    if isinstance(error, UserError):
+        return error
+    resume = "--resume and this run's --output go on where an epoch was kept"
+    try:
+        SparkContext._jvm.System.nanoTime()
+        text = str(error)  # of a Java exception: asks Java
+    except Exception:  # noqa: BLE001  whatever Py4J makes of a Java that does not answer
+        return UserError(f"Spark's Java was killed, perhaps for memory, or crashed: {resume}")
+    # PySpark makes a PicklingError of a full disk.
+    if not isinstance(error, (Py4JError, PySparkException, pickle.PicklingError)):
+        return error
     executor_lost = "give it more spark.executor.memoryOverhead or spark.executor.memory"
     if mode != SYNCHRONOUS:
-        resume = "go on with --resume and this run's --output"
         executor_lost += f", and {resume}, or use --mode {SYNCHRONOUS}"
     known = {
-        "OutOfMemoryError|Java heap space": "Java's heap is too small: give it more by "
+        "SparkContext was shut down|stopped SparkContext": "the cluster has ended the run (yarn "
+        f"application -status APPLICATION says why): {resume}",
+        "Java heap space|GC overhead": "Java's heap is too small: give it more by "
         "--driver-memory and spark.executor.memory",
         "BlockMissingException": "the cache lost pixels with a node of HDFS: run again with "
         "another --cache",
         LOST: LOST_FIX,
         DIVERGED: f"{DIVERGED}: use a smaller --learning-rate",
-        f"ExecutorLostFailure|FetchFailed|{REPEATED}": "an executor was lost, and its work with "
-        f"it: {executor_lost}",
+        f"ExecutorLostFailure|FetchFailed|Python worker exited|{REPEATED}": "an executor was lost, "
+        f"or its Python, and its work with it: {executor_lost}",
     }
-    text = str(error)
     lines = [line for pattern, line in known.items() if re.search(pattern, text)]
-    return UserError(lines[0]) if lines else error
+    if lines:
+        return UserError(lines[0])
+    cause = first_line(error)
+    kind = getattr(builtins, cause.split(":")[0], None)
+    faults = (OSError, ImportError, MemoryError, EOFError, RuntimeError)
+    if isinstance(kind, type) and not issubclass(kind, faults):
+        return error
+    context = SparkContext._active_spark_context
+    host = re.search(r"\((\S+) executor ", text)
+    where = f" on {host[1]}, with Python {context.pythonExec}" if context and host else ""
+    fix = f"--conf spark.log.level=WARN shows more; {resume}"
+    return UserError(f"Spark {'fails' if context else 'does not start'}{where}: {cause}: {fix}")
 
 
 def first_line(error: Exception) -> str:
-    """What Java says, or PySpark for it, without the stack and the exceptions' classes."""
-    text = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else error
-    return re.sub(r"^([\w.$]+(Exception|Error): )+", "", str(text).split("\n")[0])
+    """What has failed, without the stack: an exception of a worker's Python, or what Java says."""
+    text = str(error).split("\n: ", 1)[-1]
+    _, in_python, trace = text.rpartition("Traceback (most recent call last):\n")
+    if in_python:
+        raised = next(line for line in trace.splitlines() if not line.startswith(" "))
+        return re.sub(r"^(\w+\.)+(?=\w+:)", "", raised.rstrip("."))
+    says = re.sub(r".* executor \S+\): ", "", text.split("\n")[0])
+    lines = [says, *re.findall("^Caused by: (.*)", text, re.MULTILINE)[:1]]
+    says, *causes = (re.sub(CLASSES, "", line) for line in lines)
+    return ", by ".join([says, *(cause for cause in causes if cause not in says)])
 
 
 def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
@@ -357,6 +453,8 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
         slots = scheduler.maxNumConcurrentTasks(profile)
         if scheduler.isLocal():
             return 1, slots
+        if scheduler.isStopped():
+            raise UserError(f"the cluster {context.master} does not answer, or refuses the run")
         executors = scheduler.getExecutorIds().size()
         # None has come for a while: there are no more.
         if executors >= wanted and slots == slots_before > 0:
@@ -372,32 +470,39 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
 
 def claim_port(context: SparkContext, port: int) -> None:
     """Tell Elephas the driver's address for executors. Raises UserError where `port` is taken."""
-    host = socket.gethostbyname(context.getConf().get("spark.driver.host"))
+    host = context.getConf().get("spark.driver.host")
     try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        problem = f"--port {port} of {host} cannot be used ({error.strerror})"
-        raise UserError(f"{problem}: name another") from None
-    os.environ["SPARK_LOCAL_IP"] = host
+        address = socket.gethostbyname(host)
+        socket.create_server((address, port)).close()
+    except (OSError, UnicodeError) as error:
+        problem = f"--port {port} of {host} cannot be used ({error})"
+        raise UserError(f"{problem}: name another, or another spark.driver.host") from None
+    os.environ["SPARK_LOCAL_IP"] = address
 
 
 def warm_up(context: SparkContext, slots: int) -> None:
-    """Import what the executors' Python processes need. Raises UserError for a missing package."""
+    """Import on the executors what training does. Raises UserError for a host that differs."""
+    modules = ["boto3", "elephas.spark_model", "pandas", "PIL", "scipy", "sklearn", "yaml"]
+    packages = ["tensorflow", "keras", "numpy"]
+    wanted = [importlib.metadata.version(name) for name in packages]
 
-    def find_missing(_: int) -> list[str]:
-        wanted = ("boto3", "elephas", "pandas", "PIL", "scipy", "sklearn", "tensorflow", "yaml")
-        absent = [name for name in wanted if importlib.util.find_spec(name) is None]
-        if not absent:
+    def prepare(_: int) -> list[str]:
+        problem = ""
+        try:
             import_tensorflow()
-            for name in wanted:
+            for name in modules:
                 importlib.import_module(name)
-            gc.freeze()  # kept_model says why
-        return [f"{name} on {socket.gethostname()}" for name in absent]
+            found = [importlib.metadata.version(name) for name in packages]
+            if found != wanted:
+                problem = f"{', '.join(packages)} are {found}, but the driver's {wanted}"
+        except Exception as error:  # noqa: BLE001  whatever a broken package raises
+            problem = f"{type(error).__name__}: {error}"
+        gc.freeze()  # kept_model says why
+        return [f"{socket.gethostname()}, {sys.executable}: {problem}"] if problem else []
 
-    missing = context.parallelize(range(slots), slots).flatMap(find_missing).collect()
-    if missing:
-        problem = f"no {', no '.join(sorted(set(missing)))}"
-        raise UserError(f"{problem}: run elephas_libs.sh on each host")
+    problems = set(context.parallelize(range(slots), slots).flatMap(prepare).collect())
+    if problems:
+        raise UserError(f"{'; '.join(sorted(problems))}: run elephas_libs.sh on each host")
 
 
 def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int) -> int:
@@ -434,7 +539,7 @@ def describe(
 
 
 def task_cores(context: SparkContext) -> int:
-    return int(context.getConf().get("spark.task.cpus", "1"))
+    return count(context.getConf(), "spark.task.cpus")
 
 
 # ==== ingest on the executors: bucket -> records -> chunks by worker ====
@@ -711,7 +816,7 @@ class SparkTrainer:
         # start anew in each epoch, and a state that stayed in a worker would be lost with it, and
         # to --resume.
         model.optimizer.build(model.trainable_variables)
-        labels = context.broadcast(table[LABELS].to_numpy(np.float32))
+        labels = context.broadcast(pickle.dumps(table[LABELS].to_numpy(np.float32)))
         self._job = Job(model.to_json(), task_cores(context), labels, len(self._train), arguments)
         self._elephas: Any = None
         self._parameters: Optional[Broadcast] = None
@@ -768,7 +873,9 @@ class SparkTrainer:
         """
         if self._parameters:
             self._parameters.destroy()
-        self._parameters = self._context.broadcast(values_of(state_of(self.model)))
+        # Pickled here: with spark.io.encryption.enabled PySpark cannot pickle arrays.
+        parameters = pickle.dumps(values_of(state_of(self.model)))
+        self._parameters = self._context.broadcast(parameters)
         return self._parameters
 
     def _images(self, epoch: int) -> RDD:
@@ -853,7 +960,7 @@ class Share:
         turns = range(TaskContext.get().partitionId(), job.images, job.arguments.workers)
         if len(self._rows) != len(turns):
             raise RuntimeError(LOST)
-        self._labels = job.labels.value
+        self._labels = pickle.loads(job.labels.value)
         self._arguments = job.arguments
 
     def fit(self, model: Any, epoch: int) -> dict[str, list[float]]:
@@ -882,7 +989,7 @@ def predict_partition(items: Iterator[tuple], job: Job, parameters: Broadcast) -
     if not len(rows):
         return iter(())
     model = kept_model(job)
-    assign(state_of(model), parameters.value)
+    assign(state_of(model), pickle.loads(parameters.value))
     no_labels = np.zeros((len(rows), len(LABELS)), np.float32)
     data = batches(pixels, no_labels, np.arange(len(rows)), job.arguments.batch_size)
     return zip(rows.tolist(), model.predict(data, verbose=0))
@@ -903,9 +1010,10 @@ def averaged_model(model: Any, job: Job) -> Any:
         def train(self, data_iterator: Iterator[tuple]) -> Iterator[list]:
             share = Share(data_iterator, job)
             self.model = kept_model(job)
-            assign(state_of(self.model), self.parameters.value)
+            values = pickle.loads(self.parameters.value)
+            assign(state_of(self.model), values)
             history = share.fit(self.model, self.train_config["epoch"])
-            yield [subtract_params(self.parameters.value, values_of(state_of(self.model))), history]
+            yield [subtract_params(values, values_of(state_of(self.model))), history]
 
     class AveragedModel(SparkModel):
         def _fit(self, rdd: RDD, epoch: int, parameters: Broadcast) -> None:
@@ -971,6 +1079,9 @@ def shared_model(model: Any, job: Job) -> Any:
             if TaskContext.get().attemptNumber() > 0:
                 # Spark counts no failure where a node was lost or YARN wanted it back.
                 raise RuntimeError(REPEATED)
+            # Else Elephas' client goes, with the key, by a proxy that is for S3.
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            urllib.request.install_opener(direct)
             share = Share(data_iterator, job)
             self.model = kept_model(job)
             worker = TaskContext.get().partitionId()
@@ -1020,11 +1131,8 @@ def shared_model(model: Any, job: Job) -> Any:
                 try:
                     for snapshot in server.snapshots():
                         keep(snapshot)
-                except BaseException:
-                    server.receiver.close()
-                    rdd.context.cancelAllJobs()
-                    training.wait()
-                    raise
+                finally:
+                    server.receiver.close()  # what it still sends would hold up its end
                 training.get()
 
     return SharedModel()

@@ -302,6 +302,11 @@ def test_an_error_is_one_line_of_the_logs(refused: Run) -> None:
     assert not re.search("^Traceback", refused.application.logs, re.MULTILINE)
 
 
+def test_an_error_is_on_spark_submits_screen(refused: Run) -> None:
+    """By YARN's diagnostics; the driver is on another host."""
+    assert NO_BUCKET in refused.finished.stderr
+
+
 def test_what_the_user_must_fix_is_tried_once(refused: Run) -> None:
     assert refused.application.attempts == 1
 

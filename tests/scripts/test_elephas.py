@@ -8,9 +8,11 @@ need a process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -18,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import Any, Callable
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from helpers import (
     CLUSTER,
     QUICK,
@@ -33,6 +37,7 @@ from helpers import (
     SECRETS,
     Finished,
     as_options,
+    edited,
     error_line,
     free_port,
     path_without_java,
@@ -56,6 +61,12 @@ def losses(folder: Path) -> np.ndarray:
         return np.array(
             [[float(row[name] or "nan") for name in names] for row in csv.DictReader(file)]
         )
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in tasks for child in path.read_text().split()]
 
 
 def executors_of(pid: int) -> list[int]:
@@ -473,8 +484,9 @@ def elephas_bytes(weights: list[np.ndarray]) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", ["executor", "its Python"])
 def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_resumed(
-    submitted: tuple, asynchronous: list, port: int, tmp_path: Path
+    submitted: tuple, asynchronous: list, port: int, tmp_path: Path, victim: str
 ) -> None:
     killed, pages = [], free_port()
 
@@ -483,6 +495,8 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_re
         kept = (tmp_path / "run" / "history.csv").exists()
         if not killed and kept and running_tasks(pages) == 2:
             killed.extend(executors_of(drivers(tmp_path)["java"])[:1])
+            if victim == "its Python":
+                killed[:] = children(*children(killed[0]))
             os.kill(killed[0], signal.SIGKILL)
         return False
 
@@ -594,6 +608,149 @@ def test_a_killed_driver_leaves_no_process(
         time.sleep(0.5)
 
 
+def members(session: int) -> dict[int, str]:
+    """The processes of a session, and their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ended = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+            if os.getsid(int(folder.name)) == session and not ended:
+                found[int(folder.name)] = (folder / "cmdline").read_text()
+    return found
+
+
+def run_apart(
+    start: list[Any], words: list[Any], folder: Path, act: Callable[[], bool]
+) -> tuple[Finished, int]:
+    """Run the script in a session of its own, and `act` on it again and again until it is True."""
+    command = ["setsid", "env", f"PYSPARK_PYTHON={sys.executable}", *start, SCRIPT, *QUICK, *words]
+    sessions = []
+
+    def once() -> bool:
+        with contextlib.suppress(KeyError):
+            sessions[:] = sessions or [os.getsid(drivers(folder)["python"])]
+        return bool(sessions) and act(sessions[0])
+
+    finished = run_process(command, cwd=folder, stop=(once, 0))
+    return finished, sessions[0]
+
+
+START = {
+    "python": [sys.executable],
+    "spark-submit": [Path(sys.executable).with_name("spark-submit"), *CLUSTER],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "mode", "moment"),
+    [
+        ("python", "synchronous", "ingest"),
+        ("python", "asynchronous", "epoch"),
+        ("spark-submit", "synchronous", "epoch"),
+        ("spark-submit", "asynchronous", "validation"),
+    ],
+)
+def test_ctrl_c(
+    submitted: tuple, asynchronous: list, tmp_path: Path, start: str, mode: str, moment: str
+) -> None:
+    """A terminal sends it to all processes at once: driver, Java and executors."""
+    history = tmp_path / "run" / "history.csv"
+    epochs = 2 if moment == "validation" else 30
+    mark = tmp_path / "cache" if moment == "ingest" else history
+
+    def press(session: int) -> bool:
+        reached = mark.exists() and time.time() > mark.stat().st_mtime + 1
+        if moment == "validation":
+            reached = mark.exists() and len(pd.read_csv(mark)) == epochs
+        if reached:
+            os.killpg(session, signal.SIGINT)
+        return reached
+
+    words = [*asynchronous, "--mode", mode, "--epochs", epochs, "--cache", tmp_path / "cache"]
+    if start == "spark-submit":
+        words = [*asynchronous, "--mode", mode, "--epochs", epochs]
+    finished, session = run_apart(START[start], words, tmp_path, press)
+    shown = finished.stderr + finished.stdout
+    assert finished.code == 130, shown
+    assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
+    assert "xray_elephas.py: interrupted: " in shown.splitlines()[-1]
+    assert history.exists() == (moment != "ingest")
+    deadline = time.monotonic() + 10
+    while left := members(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["synchronous", "hogwild"])
+def test_a_killed_java_is_one_line(
+    submitted: tuple, asynchronous: list, tmp_path: Path, mode: str
+) -> None:
+    history = tmp_path / "run" / "history.csv"
+
+    def kill_it(session: int) -> bool:
+        if not history.exists():
+            return False
+        (java,) = (pid for pid, words in members(session).items() if "SparkSubmit" in words)
+        os.kill(java, signal.SIGKILL)
+        return True
+
+    words = [*asynchronous, "--mode", mode, "--epochs", 30]
+    finished, session = run_apart(START["python"], words, tmp_path, kill_it)
+    assert error_line(finished).startswith("Spark's Java was killed")
+    assert not members(session)
+
+
+@pytest.mark.slow
+def test_settings_of_clusters_and_a_proxy_that_is_for_s3(
+    submitted: tuple, asynchronous: list, credentials: Path, tmp_path: Path
+) -> None:
+    """Encrypted files, limits that are far too low for training, and what else an environment may
+    have.
+    """
+    endpoint = yaml.safe_load(credentials.read_text())["endpoint_url"]
+    # The proxy, which nobody is, is told apart by name: S3 is localhost, the server 127.0.0.1.
+    keys = edited(credentials, tmp_path, endpoint_url=endpoint.replace("127.0.0.1", "localhost"))
+    conf = (
+        *LOOPBACK,
+        "spark.io.encryption.enabled=true",
+        "spark.executor.pyspark.memory=600m",
+        "spark.driver.maxResultSize=1m",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        patch.setenv("no_proxy", "localhost")
+        patch.setenv("SPARK_REMOTE", "sc://nowhere")
+        words = [*asynchronous, "--credentials", keys, "--epochs", 1]
+        result_of(submit(tmp_path, *words, conf=conf))
+        words = ["--mode", "synchronous", "--epochs", 1, "--output", tmp_path / "other"]
+        result_of(submit(tmp_path, *asynchronous, "--credentials", keys, *words, conf=conf))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("conf", "problem"),
+    [
+        ("spark.master=spark://127.0.0.1:9", "the cluster spark://127.0.0.1:9 does not answer"),
+        ("spark.master=nonsense", "Spark does not start: Could not parse Master URL"),
+        ("spark.task.cpus=64", "Spark does not start: "),
+        ("spark.pyspark.python=/no/python3", "with Python /no/python3: Cannot run program"),
+        ("spark.driver.host=nowhere.invalid", "nowhere.invalid"),
+    ],
+)
+def test_a_spark_that_does_not_start(
+    asynchronous: list, tmp_path: Path, conf: str, problem: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "PYSPARK_SUBMIT_ARGS", f"--conf {conf} --conf spark.driver.bindAddress=0.0.0.0"
+        )
+        command = [sys.executable, SCRIPT, *QUICK, *asynchronous]
+        assert problem in error_line(run_process(command, cwd=tmp_path))
+
+
 @pytest.mark.slow
 def test_a_taken_port_is_an_error(submitted: tuple, shared: list, tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
@@ -627,6 +784,14 @@ def test_unreadable_images_on_executors(submitted: tuple, shared: list, tmp_path
 def test_wrong_credentials(tmp_path: Path) -> None:
     (tmp_path / "credentials.yml").write_text("aws_access_key_id: AKIA\n")
     assert "credentials.yml has no aws_secret_key_id" in error_line(submit(tmp_path))
+
+
+def test_weights_are_loaded_before_the_cluster_is_taken(credentials: Path, tmp_path: Path) -> None:
+    nobody = "PYSPARK_SUBMIT_ARGS=--conf spark.master=spark://127.0.0.1:9"
+    words = [*QUICK, "--credentials", credentials, "--weights", tmp_path / "no.weights.h5"]
+    finished = run_process(["env", nobody, sys.executable, SCRIPT, *words], cwd=tmp_path)
+    assert error_line(finished).startswith("cannot load --weights")
+    assert "Setting Spark log level" not in finished.stderr
 
 
 # ---- plain functions ----
@@ -726,16 +891,108 @@ def test_too_few_for_one_worker() -> None:
         xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), parse_elephas(), slots=2)
 
 
-def test_errors_that_the_user_can_fix() -> None:
+# Beginnings of what Py4J says, with the words of a fault in place of {}.
+OF_A_TASK = (
+    "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n: "
+    "org.apache.spark.SparkException: Job aborted due to stage failure: Task 3 in stage 0.0 failed "
+    "4 times, most recent failure: Lost task 3.3 in stage 0.0 (TID 9) (10.0.0.7 executor 2): {}\n"
+    "\tat org.apache.spark.Task.run(Task.scala:141)\n\nDriver stacktrace:\n\tat org.apache.Dag"
+)
+OF_JAVA = (
+    "An error occurred while calling None.org.apache.spark.api.java.JavaSparkContext.\n: {}\n\tat x"
+)
+OF_PYTHON = (
+    "org.apache.spark.api.python.PythonException: Traceback (most recent call last):\n"
+    '  File "worker.py", line 1, in main\n    process()\n{}\n'
+)
+
+
+@pytest.fixture
+def java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Java that answers."""
+    lives = types.SimpleNamespace(System=types.SimpleNamespace(nanoTime=lambda: 1))
+    monkeypatch.setattr(xray.SparkContext, "_jvm", lives)
+
+
+def raised(frame: str, words: str, mode: str = "synchronous") -> Exception:
+    """What the script raises where Py4J says these words."""
+    return xray.spark_error(xray.Py4JError(frame.format(words)), mode)
+
+
+def test_errors_that_the_user_can_fix(java: None) -> None:
     """What Java says of them, in each mode: the traceback of a task, for one."""
-    lost = Exception("Job aborted: ExecutorLostFailure (executor 1 exited)")
-    assert "--resume" in str(xray.spark_error(lost, "hogwild"))
-    assert "--resume" not in str(xray.spark_error(lost, "synchronous"))
-    diverged = xray.spark_error(Exception(f"RuntimeError: {xray.DIVERGED}\n  at org"), "hogwild")
+    for words in (
+        "ExecutorLostFailure (executor 1 exited)",
+        "org.apache.spark.SparkException: Python worker exited unexpectedly (crashed)",
+    ):
+        assert "--resume" in str(raised(OF_A_TASK, words, "hogwild"))
+        assert str(raised(OF_A_TASK, words)).startswith("an executor was lost")
+    diverged = raised(OF_A_TASK, OF_PYTHON.format(f"RuntimeError: {xray.DIVERGED}"), "hogwild")
     assert isinstance(diverged, xray.UserError)
     assert "use a smaller --learning-rate" in str(diverged)
-    other = Exception("ZeroDivisionError")
-    assert xray.spark_error(other, "hogwild") is other
+    ended = "org.apache.spark.SparkException: Job 3 cancelled because SparkContext was shut down"
+    assert "the cluster has ended the run" in str(raised(OF_JAVA, ended))
+
+
+@pytest.mark.parametrize(
+    ("frame", "words", "shown"),
+    [
+        (OF_A_TASK, 'java.io.IOException: Cannot run program "/no/python": error=2', "/no/python"),
+        (OF_A_TASK, OF_PYTHON.format("ModuleNotFoundError: No module named 'h5py'"), "h5py"),
+        (OF_A_TASK, OF_PYTHON.format("urllib.error.URLError: <refused>\nsaid twice"), "<refused>"),
+        (OF_A_TASK, OF_PYTHON.format("MemoryError"), "MemoryError"),
+        (OF_A_TASK, "java.io.IOException: No space left on device", "No space left on device"),
+        (OF_JAVA, "java.lang.X: no\nCaused by: java.net.ConnectException: refused", "refused"),
+        (OF_JAVA, "org.apache.spark.SparkException: Could not parse Master URL: 'x'", "URL: 'x'"),
+    ],
+)
+def test_any_other_fault_of_a_cluster_is_its_cause(
+    java: None, monkeypatch: pytest.MonkeyPatch, frame: str, words: str, shown: str
+) -> None:
+    before = raised(frame, words)
+    assert str(before).startswith("Spark does not start: ")
+    there = types.SimpleNamespace(pythonExec="/there/python3")
+    monkeypatch.setattr(xray.SparkContext, "_active_spark_context", there)
+    problem = raised(frame, words)
+    assert isinstance(problem, xray.UserError)
+    assert shown in str(problem)
+    assert "Exception" not in str(problem)
+    assert ("on 10.0.0.7, with Python /there/python3" in str(problem)) == (frame == OF_A_TASK)
+    assert "--resume" in str(problem)
+
+
+def test_a_full_disk_of_the_driver(java: None) -> None:
+    full = pickle.PicklingError("Could not serialize broadcast: OSError: [Errno 28] No space left")
+    assert "No space left" in str(xray.spark_error(full, "hogwild"))
+    assert isinstance(xray.spark_error(full, "hogwild"), xray.UserError)
+
+
+def test_bugs_keep_their_traceback(java: None) -> None:
+    for words in ("ZeroDivisionError: division by zero", "AssertionError", "KeyError: 'x'"):
+        assert type(raised(OF_A_TASK, OF_PYTHON.format(words))) is xray.Py4JError
+    for error in (ZeroDivisionError(), OSError(28, "No space left"), xray.UserError("x")):
+        assert xray.spark_error(error, "hogwild") is error
+
+
+def test_a_java_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xray.SparkContext, "_jvm", None)
+    for error in (ConnectionRefusedError(), xray.Py4JError("x"), EOFError()):
+        assert "Java was killed" in str(xray.spark_error(error, "synchronous"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("JAVA_HOME", "/nowhere", "Spark's Java does not start"),
+        ("SPARK_HOME", "/nowhere", "'/nowhere/./bin/spark-submit'"),
+        ("PYSPARK_SUBMIT_ARGS", "--conf", "Spark's Java does not start"),
+    ],
+)
+def test_java_that_does_not_start(
+    credentials: Path, name: str, value: str, problem: str, tmp_path: Path
+) -> None:
+    command = ["env", f"{name}={value}", sys.executable, SCRIPT, "--credentials", credentials]
+    assert problem in error_line(run_process(command, cwd=tmp_path))
 
 
 def settings(*options: Any, **conf: str) -> dict[str, str]:
@@ -757,6 +1014,14 @@ def test_settings() -> None:
     on_yarn = settings(spark__master="yarn")
     assert on_yarn["spark.authenticate"] == on_yarn["spark.network.crypto.enabled"] == "true"
     assert on_yarn["spark.yarn.maxAppAttempts"] == "1"
+
+
+def test_settings_that_leave_no_executor_or_slot() -> None:
+    for name in ("spark.executor.instances", "spark.executor.cores", "spark.task.cpus"):
+        for value in ("0", "two", ""):
+            with pytest.raises(xray.UserError, match=f"^{name} is {value}: "):
+                settings(**{name.replace(".", "__"): value})
+    assert settings(spark__executor__cores="1", spark__task__cpus="2")  # which Spark refuses
 
 
 def test_memory_counts_images_and_workers() -> None:
