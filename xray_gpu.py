@@ -505,15 +505,9 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
         objects = list_objects(client, bucket, prefix)
     if not objects:
         raise UserError(f"no image {where}: {images_fix(client, bucket)}")
-    # A store without ETags may have dates.
-    listed = [
-        (
-            entry["Key"][len(prefix) :],
-            entry["Key"],
-            entry.get("ETag", str(entry.get("LastModified"))),
-        )
-        for entry in objects
-    ]
+    for entry in objects:  # a store without ETags may have dates
+        entry.setdefault("ETag", str(entry.get("LastModified")))
+    listed = [(entry["Key"][len(prefix) :], entry["Key"], entry["ETag"]) for entry in objects]
     with s3_errors(bucket, arguments.labels):
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
     table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
@@ -525,7 +519,7 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
     test_images = None
     if arguments.test_list:
         with s3_errors(bucket, arguments.test_list):
-            text = decode_text(fetch(client, bucket, arguments.test_list))
+            text = decode_text(fetch(client, bucket, arguments.test_list), "replace")
         test_images = set(re.findall(r"[^\s,;\"']+", text))
         found = table["image"].isin(test_images).sum()
         unknown = sorted(test_images - set(labels["image"]))
@@ -591,10 +585,10 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
     return table.join(pd.DataFrame(hot, columns=LABELS))
 
 
-def decode_text(data: bytes) -> str:
+def decode_text(data: bytes, errors: str = "strict") -> str:
     """The text of a UTF-8 file, or of a UTF-16 one with the byte-order mark of Windows."""
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if utf_16 else "utf-8-sig")
+    return data.decode("utf-16" if utf_16 else "utf-8-sig", errors)
 
 
 def assign_splits(
@@ -1205,9 +1199,8 @@ class Run:
         except BlockingIOError:
             fix = "use another --output"
             raise UserError(f"another run is at work in {self.path}: {fix}") from None
-        except OSError as error:
-            fix = "use an --output on a file system with locks"
-            raise UserError(f"{self.path} cannot be locked ({error.strerror}): {fix}") from None
+        except OSError as error:  # a file system without locks
+            raise OSError(error.errno, error.strerror, self._lock.name) from None
         self._check_empty(look(self.path)[0])
 
     def _restore(self) -> None:
@@ -1359,14 +1352,10 @@ class Run:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError where no file can be made in the folder, or in the one it will be made in."""
+    """Raise OSError where no file can be made in the folder, or in the one it will be made in."""
     folders = (path, *path.absolute().parents)
     there = next(folder for folder in folders if folder.exists() or folder.is_symlink())
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        fix = "check rights and disk space, or use another --output"
-        raise UserError(f"no file can be made in {there} ({error.strerror}): {fix}") from None
+    tempfile.TemporaryFile(dir=there).close()
 
 
 def look(folder: Path) -> tuple[bool, bytes]:
@@ -1427,14 +1416,13 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()  # it would fill the disk
-        error.filename = str(path)
+        error.filename = str(path)  # which a refused write does not name
+        partial.unlink(missing_ok=True)
         raise
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def write(path: Path, text: str) -> None:
@@ -1488,8 +1476,7 @@ def peak_memory() -> int:
 def memory_limit() -> int:
     """The memory that this process may use, in bytes: the machine's, or less in a container.
 
-    Each control group around it limits it, of version 1 or 2; a container may see its own as the
-    root: https://docs.kernel.org/admin-guide/cgroup-v2.html
+    https://docs.kernel.org/admin-guide/cgroup-v2.html; a container may see its group as the root.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     groups = Path("/proc/self/cgroup")
@@ -1693,12 +1680,9 @@ def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
 
 
 def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
-    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key.
-
-    Raises UserError where the answer is no list: botocore takes a web page for an empty one.
-    """
+    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key."""
     pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
-    if "IsTruncated" not in pages[0]:
+    if "IsTruncated" not in pages[0]:  # botocore takes a web page for an empty list
         raise UserError(NO_S3.format(key="the list of objects", bucket=bucket))
     return [entry for page in pages for entry in page.get("Contents", [])]
 
@@ -1776,12 +1760,10 @@ def s3_errors(
 # ==== command line, and errors as one line ====
 
 
-def common_parser(
-    manual: Optional[str], cache: Optional[Callable[[str], str]] = None
-) -> argparse.ArgumentParser:
-    """The options that the three scripts share.
+def common_parser(manual: Optional[str], cache: Any = None) -> argparse.ArgumentParser:
+    """The options that the three scripts share; `manual` is the script's docstring, for --help.
 
-    `manual` is the script's docstring, for --help; `cache` is the type of --cache [a folder].
+    `cache` is the type of --cache, by default a local folder.
     """
     parser = OneLineParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     whole = number(int, 1)
@@ -1878,11 +1860,8 @@ def run_script(main: Callable[[], None]) -> int:
 
 
 def keep_streams() -> None:
-    """Have stdout and stderr take any text, whatever becomes of who reads them.
-
-    In place of a closed one comes /dev/null: the next file to be opened would get its number, and
-    with that what libraries print.
-    """
+    """Have stdout and stderr take any text, whatever becomes of who reads them."""
+    # In place of a closed one: the next file would get its number, and what libraries print.
     while (number_of_file := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number_of_file, True)
     os.close(number_of_file)
