@@ -1323,7 +1323,7 @@ LABELS = [
 SPLITS = ["train", "validation", "test"]
 TRAIN_SHARE = 0.7  # of the patients; the test split is what these two leave
 VALIDATION_SHARE = 0.1
-FETCH_THREADS = 32  # a GET takes about 50 ms, an image 5 to 14 ms of a core: for 3 to 9 cores
+FETCH_THREADS = 32  # of a process: a GET takes about 50 ms, an image 5 to 14 ms of a core
 # Of the images. Pillow knows more, and would hand an EPS that is named .png to Ghostscript.
 FORMATS = ["PNG", "JPEG"]
 # Errors of the system that disk space and rights fix.
