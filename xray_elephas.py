@@ -1437,7 +1437,7 @@ def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 # ==== pixels: from S3 to a small grey image ====
 
-FETCH_THREADS = 32  # a GET takes about 50 ms, an image 5 to 14 ms of a core: for 3 to 9 cores
+FETCH_THREADS = 32  # of a process: a GET takes about 50 ms, an image 5 to 14 ms of a core
 # Of the images. Pillow knows more, and would hand an EPS that is named .png to Ghostscript.
 FORMATS = ["PNG", "JPEG"]
 
