@@ -548,7 +548,7 @@ def task_cores(context: SparkContext) -> int:
 # moves as one object: rows of the table (n,) and pixels uint8 (n, size, size).
 RECORD = "key string, etag string, pixels binary"
 CHUNK_BYTES = 2**24
-TASK = 500  # images that a task fetches, and stores in one file at its end
+TASK = 250  # images that a task fetches, and stores in one file at its end
 ROUND = 2000  # images of a task slot until the driver looks at what could not be read
 
 
