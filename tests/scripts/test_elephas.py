@@ -649,9 +649,7 @@ START = {
         ("spark-submit", "asynchronous", "validation"),
     ],
 )
-def test_ctrl_c(
-    submitted: tuple, asynchronous: list, tmp_path: Path, start: str, mode: str, moment: str
-) -> None:
+def test_ctrl_c(asynchronous: list, tmp_path: Path, start: str, mode: str, moment: str) -> None:
     """A terminal sends it to all processes at once: driver, Java and executors."""
     history = tmp_path / "run" / "history.csv"
     epochs = 2 if moment == "validation" else 30
@@ -682,9 +680,7 @@ def test_ctrl_c(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["synchronous", "hogwild"])
-def test_a_killed_java_is_one_line(
-    submitted: tuple, asynchronous: list, tmp_path: Path, mode: str
-) -> None:
+def test_a_killed_java_is_one_line(asynchronous: list, tmp_path: Path, mode: str) -> None:
     history = tmp_path / "run" / "history.csv"
 
     def kill_it(session: int) -> bool:
@@ -702,7 +698,7 @@ def test_a_killed_java_is_one_line(
 
 @pytest.mark.slow
 def test_settings_of_clusters_and_a_proxy_that_is_for_s3(
-    submitted: tuple, asynchronous: list, credentials: Path, tmp_path: Path
+    asynchronous: list, credentials: Path, tmp_path: Path
 ) -> None:
     """Encrypted files, limits that are far too low for training, and what else an environment may
     have.
