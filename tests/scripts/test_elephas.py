@@ -670,7 +670,8 @@ def test_ctrl_c(asynchronous: list, tmp_path: Path, start: str, mode: str, momen
     shown = finished.stderr + finished.stdout
     assert finished.code == 130, shown
     assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown
-    assert "xray_elephas.py: interrupted: " in shown.splitlines()[-1]
+    (line,) = re.findall("^xray_elephas.py: .*", shown, re.MULTILINE)
+    assert line.startswith("xray_elephas.py: interrupted: ")
     assert history.exists() == (moment != "ingest")
     deadline = time.monotonic() + 10
     while left := members(session):
