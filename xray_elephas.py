@@ -252,6 +252,7 @@ def start_java() -> None:
         if "pyspark-shell" not in words:
             words += " pyspark-shell"
         os.environ["PYSPARK_SUBMIT_ARGS"] = words
+    os.environ.pop("SPARK_REMOTE", None)  # a Spark without executors to call
     receiver, sender = os.pipe()  # of what Java prints: where it does not start, that is the cause
     try:
         gateway = launch_gateway(popen_kwargs={"stderr": sender})
@@ -311,13 +312,12 @@ def start_spark(arguments: argparse.Namespace) -> SparkSession:
     for name, value in REQUIRED.items():
         conf.set(name, value)
     handler = signal.getsignal(signal.SIGINT)
-    # Not by SparkSession.builder, which follows SPARK_REMOTE to a Spark that has no executors.
-    context = SparkContext.getOrCreate(conf)
+    session = SparkSession.builder.config(conf=conf).getOrCreate()
     # PySpark's own handler calls Java, and KeyboardInterrupt does not arrive.
     signal.signal(signal.SIGINT, handler)
     # Its server for accumulators shows a traceback where Java ends first.
-    context._accumulatorServer.handle_error = lambda *_: None
-    return SparkSession(context)
+    session.sparkContext._accumulatorServer.handle_error = lambda *_: None
+    return session
 
 
 def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, str]:
