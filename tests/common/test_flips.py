@@ -5,6 +5,7 @@ same.
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,8 +114,10 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     labels[:, 0] = range(30)  # so that an image of a batch tells its row
     flips = draws(2, count=30)
     arguments = parse("--flip", "--batch-size", 4)
+    arguments.image_size = 9
     arguments.workers = 3
-    job = SimpleNamespace(labels=SimpleNamespace(value=labels), images=30, arguments=arguments)
+    sent = SimpleNamespace(value=pickle.dumps(labels))
+    job = SimpleNamespace(labels=sent, images=30, arguments=arguments)
     seen: list[int] = []
 
     def fit(data: Any, **how: Any) -> Any:
