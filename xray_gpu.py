@@ -944,17 +944,17 @@ def show(row: dict[str, float], screen: Optional[TextIO] = None) -> None:
 def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
     """Whether the network has died, which is then said on stderr.
 
-    It gives all images the same probabilities `scores` (n, 15), but for 0.001, or its AUROC was
-    0.5 in the last two epochs.
+    It gives all images the same probabilities `scores` (n, 15), to 0.001, or its AUROC was 0.5 in
+    the last two epochs. The first epoch tells nothing: batch normalisation has just begun.
     """
     last = aurocs.tail(2)
     blind = len(scores) > 1 and np.ptp(scores, axis=0).max() < 1e-3
-    if not blind and not (len(last) == 2 and ((last - 0.5).abs() < 1e-3).all()):
-        return False
-    problem = "all images get the same probabilities, or AUROC stays at 0.5"
-    fix = "begin again with a smaller --learning-rate"
-    print(f"warning: the network has died ({problem}): {fix}", file=sys.stderr, flush=True)
-    return True
+    dead = len(last) == 2 and (blind or ((last - 0.5).abs() < 1e-3).all())
+    if dead:
+        problem = "all images get the same probabilities, or AUROC stays at 0.5"
+        fix = "begin again with a smaller --learning-rate"
+        print(f"warning: the network has died ({problem}): {fix}", file=sys.stderr, flush=True)
+    return bool(dead)
 
 
 def batches(

@@ -110,8 +110,9 @@ BLIND = np.repeat([[0.2], [0.2004], [0.2008]], 15, axis=1)
     ("scores", "aurocs", "dead"),
     [
         (ALIVE, [0.6], False),
-        (BLIND, [0.6], True),
-        (np.hstack([BLIND[:, :14], ALIVE[:, :1]]), [0.6], False),  # one label is told apart
+        (BLIND, [0.6], False),  # the first epoch
+        (BLIND, [0.6, 0.55], True),
+        (np.hstack([BLIND[:, :14], ALIVE[:, :1]]), [0.6, 0.6], False),  # one label is told apart
         (ALIVE, [0.5], False),
         (ALIVE, [0.5, 0.5], True),
         (ALIVE, [0.6, 0.4999, 0.5001], True),

@@ -334,6 +334,7 @@ def spark_settings() -> dict[str, str]:
     for part in json.loads(EMR.read_text())["Configurations"]:
         if part["Classification"] == "spark-defaults":
             settings.update(part["Properties"])
+    settings["spark.pyspark.python"] = sys.executable  # EMR's hosts have their own
     return settings
 
 
