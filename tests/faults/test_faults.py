@@ -73,9 +73,10 @@ def run_options(credentials: Path, folder: Path, **more: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_fault(credentials: Path, right: dict, tmp_path: Path, kind: str) -> None:
-    with faulty(credentials, tmp_path, every=4, kinds=[kind]) as (proxy, through):
+    # Rare enough that no image meets five faults in a row, after which S3 is to blame.
+    with faulty(credentials, tmp_path, every=8, kinds=[kind]) as (proxy, through):
         pixels = ingest(through, tmp_path, "--limit", 40)
-        assert proxy.injected[kind] >= 40 / 4
+        assert proxy.injected[kind] >= 40 / 8
     assert len(pixels) >= 39
     assert_right(pixels, right)
 
