@@ -2330,7 +2330,9 @@ class S3Copy:
             if "config.json" not in names:
                 return bool(names), b""
             config = self._client.get_object(**self._key("config.json"))
-            self._condition = {"IfMatch": config["ETag"]} if "ETag" in config else {}
+            self._condition = {}
+            if "ETag" in config:  # S3 takes it with or without its quotes, Ceph without them
+                self._condition = {"IfMatch": config["ETag"].strip('"')}
             return True, config["Body"].read()
 
     def claim(self, config: str) -> None:
