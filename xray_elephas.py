@@ -6,33 +6,32 @@
     spark-submit --num-executors 2 --executor-cores 4 --driver-memory 5G xray_elephas.py
     python xray_elephas.py                       on all cores of this machine
 
-This one file is all that is submitted. The driver lists the bucket; executors fetch and decode the
-images and keep the pixels, and the driver sees no more of them than 15 probabilities each. Run
-folder, result line and --resume are xray_tensorflow.py's. spark-submit passes on as stdout what the
-script writes to stderr. `--cache` is a folder or a URI (hdfs:, s3a:, file:) for the decoded pixels.
-Without a bucket: `python tests/sample_bucket.py xray_elephas.py`. Where YARN runs the driver too,
-its container and all in it is deleted at the end, and a run that fails is started again, unless
-told:
+This file is all you submit. Executors fetch and decode the images and keep their pixels; the driver
+lists the bucket and gets only 15 probabilities for each image. Run folder, result line and --resume
+work as in xray_tensorflow.py. spark-submit itself sends what the script writes to stderr to stdout.
+`--cache` is a folder or a URI (hdfs:, s3a:, file:) for the decoded pixels. To try it without a
+bucket: `python tests/sample_bucket.py xray_elephas.py`. In cluster mode YARN deletes the driver's
+container at the end and restarts a failed run, so keep the run folder on S3:
 
     spark-submit --deploy-mode cluster --files credentials.yml \
         --num-executors 2 --executor-cores 4 --driver-memory 5G \
         --conf spark.driver.memoryOverhead=3g --conf spark.yarn.maxAppAttempts=1 \
         xray_elephas.py --output s3://BUCKET/PREFIX
 
-How it differs: xray_tensorflow.py trains on one CPU thread, xray_gpu.py on GPUs. What is special to
-this script stands first; data, split, CNN, metrics and clock are the same code in the three. Here
-each task slot trains a copy of the model on its share of the images, by Elephas:
-- synchronous (default): after each epoch the copies are averaged, Adam's state with them, and the
-  images dealt anew. A lost executor costs time alone: two runs on as many workers agree but for the
-  rounding of single numbers.
-- asynchronous, hogwild: no copy waits for another; a server in the driver holds the weights, and
-  each copy adds its part of an epoch's change. hogwild's server lets changes overwrite each other.
+Its siblings: xray_tensorflow.py trains on one CPU thread, xray_gpu.py on GPUs. The code for the
+target comes first; data, split, CNN, metrics and clock follow, the same code in all three. Each task
+slot trains a copy of the model on its share of the images, through Elephas:
+- synchronous (default): after each epoch the copies and their Adam states are averaged, and the
+  images are dealt anew. A lost executor costs only time: two runs with as many workers agree, except
+  for rounding.
+- asynchronous, hogwild: no copy waits for another. A server in the driver holds the weights, and
+  each copy adds its part of an epoch's change; hogwild's server lets changes overwrite each other.
   An epoch's weights are kept when all copies have finished it, and validated after the last epoch.
-  A lost executor ends the run, since a repeated task would add its changes twice; --resume goes on
-  from the last epoch that was kept, each copy's Adam anew. The server asks for a key that the run
-  makes; traffic with it is not encrypted: use a private network.
-The learning rate is --learning-rate times the square root of the workers. Settings of Spark that
-you name win over the script's, but for the few in REQUIRED.
+  A lost executor ends the run, since a repeated task would add its changes twice; --resume continues
+  from the last kept epoch, with Adam starting anew. The server requires a key that the run makes,
+  but its traffic is not encrypted: use a private network.
+The learning rate is --learning-rate times the square root of the number of workers. Spark settings
+that you name override the script's, except for those in REQUIRED.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -150,11 +149,11 @@ def main() -> None:
         with run.timed("ingest"):
             client = connect(credentials, arguments)
         with run.timed("setup"):
-            if arguments.weights != "none":  # what cannot be loaded is better known before
+            if arguments.weights != "none":  # a file that cannot be loaded should fail now
                 import_tensorflow()
                 build_cnn(arguments, np.zeros((0, len(LABELS)), np.float32))
             session = start_spark(arguments)
-        # After Spark's start, since YARN gives up a driver that has no SparkContext for 100 s.
+        # After Spark's start: YARN gives up on a driver without a SparkContext after 100 s.
         with run.timed("ingest"):
             table = select_images(client, arguments)
         with run.timed("setup"):
@@ -164,7 +163,7 @@ def main() -> None:
             import_tensorflow()
             model = build_cnn(arguments, labels_by_split(table)["train"])
             # The mean of N workers' steps has the noise of an N-fold batch, for which Adam's rate
-            # grows by the square root: Malladi et al., arXiv:2205.10287.
+            # grows with the square root of N: Malladi et al., arXiv:2205.10287.
             model.optimizer.learning_rate = arguments.learning_rate * arguments.workers**0.5
         with run.timed("ingest"):
             table, data, cached = ingest_on_executors(session, credentials, arguments, table, slots)
@@ -180,7 +179,7 @@ def main() -> None:
 
 def elephas_parser() -> argparse.ArgumentParser:
     """The options of the three scripts, and how Elephas trains."""
-    parser = common_parser(__doc__, cache=str)  # or a URL that Hadoop knows
+    parser = common_parser(__doc__, cache=str)  # or a URI that Hadoop knows
     add = parser.add_argument
     add("--mode", choices=MODES, default=SYNCHRONOUS, help="how Elephas trains [%(default)s]")
     add("--workers", metavar="N", type=number(int, 1), help="models that train [one a task slot]")
@@ -197,42 +196,41 @@ NIH_IMAGES = 112_120  # in ChestX-ray14
 WORKER_MB = 1700
 # Copies of its images that a worker holds at peak (measured).
 COPIES = 1.2
-CLASSES = r"^([\w.$]+(Exception|Error): )+"  # before the text of an exception of Java
-# What a cluster's configuration may have otherwise, and training needs.
+CLASSES = r"^([\w.$]+(Exception|Error): )+"  # before a Java exception's text
+# What training needs, whatever the cluster's configuration says.
 REQUIRED = {
-    # EMR's own configuration turns both on. The training split is divided once, among a fixed
-    # number of executors, and without dynamic allocation the service is of no use: it does not know
-    # YARN's secret.
+    # EMR turns both on. Training needs a fixed number of executors, and the shuffle service, which
+    # only dynamic allocation needs, does not know YARN's secret.
     "spark.dynamicAllocation.enabled": "false",
     "spark.shuffle.service.enabled": "false",
     "spark.driver.maxResultSize": "0",  # a worker's result is 40 MB an epoch
-    # A limit of address space, of which TensorFlow takes far more than of memory.
+    # It limits address space, of which TensorFlow reserves far more than it uses.
     "spark.executor.pyspark.memory": "0",
 }
 
 
 @contextlib.contextmanager
 def spark_java(mode: str) -> Iterator[None]:
-    """Spark's Java for the block, whose jobs end with it; what Spark raises becomes a UserError."""
+    """Run the block with Spark's Java, then stop it; turn what Spark raises into a UserError."""
     start_java()
     in_cluster_mode = SparkConf().get("spark.submit.deployMode") == "cluster"
-    # Py4J logs each exception, with its traceback, on the root logger before it raises it.
+    # Py4J logs each exception's traceback on the root logger before raising it.
     logging.getLogger().addFilter(lambda record: False)
     try:
         yield
-    except Exception as error:  # noqa: BLE001  raised again, where it is a bug
+    except Exception as error:  # noqa: BLE001  bugs are raised again
         problem = spark_error(error, mode)
         if in_cluster_mode:
             tell_yarn(f"{Path(sys.argv[0]).name}: error: {problem}")
         raise problem from None
     finally:
-        if java := SparkContext._gateway.proc:  # else spark-submit's, which waits for this process
+        if java := SparkContext._gateway.proc:  # None is spark-submit's, which waits for us
             java.stdin.close()
             java.wait()
 
 
 def start_java() -> None:
-    """Start Spark's Java, if spark-submit has not. Raises UserError where it does not start."""
+    """Start Spark's Java unless spark-submit has. Raises UserError if it does not start."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
             try:
@@ -245,15 +243,15 @@ def start_java() -> None:
         if not {"SPARK_HOME", "SPARK_CONF_DIR"} & os.environ.keys():
             # Driver and UI are for this machine alone.
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        # Spark would give the one Java that holds driver and executor 1 GB; Java's own rule is a
-        # quarter.
+        # Driver and executor share one Java. Spark's default for it is 1 GB, Java's own a quarter
+        # of the memory.
         memory = memory_limit() // 4 // 2**20
         words = os.environ.get("PYSPARK_SUBMIT_ARGS", f"--driver-memory {memory}m")
         if "pyspark-shell" not in words:
             words += " pyspark-shell"
         os.environ["PYSPARK_SUBMIT_ARGS"] = words
-    os.environ.pop("SPARK_REMOTE", None)  # a Spark without executors to call
-    receiver, sender = os.pipe()  # of what Java prints: where it does not start, that is the cause
+    os.environ.pop("SPARK_REMOTE", None)  # Spark Connect, which has no RDDs
+    receiver, sender = os.pipe()  # Java's stderr says why it does not start
     try:
         gateway = launch_gateway(popen_kwargs={"stderr": sender})
     except (PySparkException, OSError) as error:
@@ -266,46 +264,46 @@ def start_java() -> None:
         raise UserError(f"Spark's Java does not start ({cause}): {fix}") from None
     os.close(sender)
     threading.Thread(target=pass_on, args=(receiver,), daemon=True).start()
-    # Before it, SparkConf knows nothing of what the user has set.
+    # Only from here on does SparkConf know the user's settings.
     SparkContext._ensure_initialized(gateway=gateway)
-    # Ctrl-C is Python's to answer. PySpark's own Java ignores it, spark-submit's does not.
+    # Python handles Ctrl-C. PySpark's own Java ignores it, spark-submit's does not.
     signals = SparkContext._jvm.sun.misc
     signals.Signal.handle(signals.Signal("INT"), signals.SignalHandler.SIG_IGN)
 
 
 def pass_on(receiver: int) -> None:
-    """Write what comes from the pipe to stderr."""
+    """Copy what comes from the pipe to stderr."""
     while said := os.read(receiver, 2**16):
         os.write(2, said)
 
 
 def tell_yarn(problem: str) -> None:
-    """Have YARN, which spark-submit quotes at the end in cluster mode, say why the run failed."""
+    """Give YARN the reason for the failure: in cluster mode spark-submit prints it last."""
     java = SparkContext._jvm.org.apache
-    with contextlib.suppress(Exception):  # Java may end before it answers, or the master is no YARN
+    with contextlib.suppress(Exception):  # Java may end first; the master may not be YARN
         module = getattr(getattr(java.spark.deploy.yarn, "ApplicationMaster$"), "MODULE$")
         master = getattr(module, "org$apache$spark$deploy$yarn$ApplicationMaster$$master")()
         master.finish(java.hadoop.yarn.api.records.FinalApplicationStatus.FAILED, 2, problem)
 
 
 def check_cluster_mode(arguments: argparse.Namespace) -> None:
-    """Raise UserError for a run in cluster mode whose results would be lost, or that is repeated."""
+    """Raise UserError in cluster mode if results would be lost, or YARN repeats a failed run."""
     if SparkConf().get("spark.submit.deployMode", "client") != "cluster":
         return
     if not (arguments.output or "").startswith(("s3://", "/")):
         problem = "in cluster mode the run folder is deleted with the driver's container"
-        fix = "name --output s3://BUCKET/PREFIX, or the full path of a folder that all hosts share"
+        fix = "use --output s3://BUCKET/PREFIX, or the full path of a folder that all hosts share"
         raise UserError(f"{problem}: {fix}")
     # YARN's names of containers: container_[epoch_]timestamp_application_attempt_number.
     container = os.environ.get("CONTAINER_ID", "").split("_")
     if len(container) > 2 and int(container[-2]) > 1:
-        problem = "YARN has started this run a second time, after the first has failed"
+        problem = "YARN has restarted this run after it failed"
         fix = "spark-submit --conf spark.yarn.maxAppAttempts=1"
         raise UserError(f"{problem}: its error is in the log of attempt 1; {fix}")
 
 
 def start_spark(arguments: argparse.Namespace) -> SparkSession:
-    """The session, on the master of spark-submit or on all cores of this machine."""
+    """The Spark session, on spark-submit's master or on all cores of this machine."""
     conf = SparkConf()
     for name, value in spark_settings(arguments, conf).items():
         conf.setIfMissing(name, value)
@@ -313,16 +311,16 @@ def start_spark(arguments: argparse.Namespace) -> SparkSession:
         conf.set(name, value)
     handler = signal.getsignal(signal.SIGINT)
     session = SparkSession.builder.config(conf=conf).getOrCreate()
-    # PySpark's own handler calls Java, and KeyboardInterrupt does not arrive.
+    # PySpark's own handler calls Java, and KeyboardInterrupt would never arrive.
     signal.signal(signal.SIGINT, handler)
-    # Its server for accumulators shows a traceback where Java ends first.
+    # The accumulators' server prints a traceback if Java ends first.
     session.sparkContext._accumulatorServer.handle_error = lambda *_: None
     return session
 
 
 def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, str]:
-    """Spark's configuration for what the user has not set."""
-    # Spark itself refuses more cores a task than an executor has.
+    """Defaults for the Spark settings that the user has not set."""
+    # Spark itself refuses a task that needs more cores than an executor has.
     slots = max(1, count(conf, "spark.executor.cores") // count(conf, "spark.task.cpus"))
     overhead = 400 + slots * worker_megabytes(arguments, conf, slots)
     settings = {
@@ -331,26 +329,25 @@ def spark_settings(arguments: argparse.Namespace, conf: SparkConf) -> dict[str, 
         "spark.speculation": "false",
         "spark.python.worker.reuse": "true",  # a worker process keeps its model
         "spark.executor.memoryOverhead": f"{overhead}m",
-        # In batches a task would hold thousands of the cache's images.
+        # Vectorised, a task would hold thousands of cached images at once.
         "spark.sql.parquet.enableVectorizedReader": "false",
-        # EMR keeps one copy on few nodes: the cache would go with one of them.
+        # On few nodes EMR keeps one copy: the cache would be lost with a node.
         "spark.hadoop.dfs.replication": "2",
         "spark.executorEnv.KERAS_BACKEND": "tensorflow",
         "spark.executorEnv.TF_ENABLE_ONEDNN_OPTS": "1",
         "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
-        "spark.log.level": "OFF",  # screens of Java: spark_error has the line that helps
+        "spark.log.level": "OFF",  # Java's stack traces: spark_error has the line that helps
         "spark.ui.showConsoleProgress": "true",
     }
     if arguments.mode != SYNCHRONOUS:
-        # A task that runs again would apply its updates twice; a stage that runs again, those of
-        # tasks that still run.
+        # A repeated task would apply its updates twice, and so would a repeated stage.
         settings.update({"spark.task.maxFailures": "1", "spark.stage.maxConsecutiveAttempts": "1"})
     if conf.get("spark.master", "local").startswith("yarn"):
-        # The closures hold the keys: YARN hands a secret of its own to all executors, and traffic
-        # is encrypted, for which Spark needs that secret.
+        # Closures hold the S3 keys, so traffic is encrypted. For that Spark needs a secret, which
+        # YARN makes and hands to all executors.
         lock = conf.get("spark.authenticate", "true")
         settings.update({"spark.authenticate": lock, "spark.network.crypto.enabled": lock})
-        # A run that has failed would begin again, hours later.
+        # Otherwise a failed run starts again, hours later.
         settings["spark.yarn.maxAppAttempts"] = "1"
     return settings
 
@@ -363,30 +360,30 @@ def worker_megabytes(arguments: argparse.Namespace, conf: SparkConf, slots: int)
 
 
 def count_executors(conf: SparkConf) -> int:
-    """The executors that are asked for; without a number YARN gives two."""
+    """The number of executors requested; YARN's default is two."""
     default = "2" if conf.get("spark.master", "local").startswith("yarn") else "1"
     return count(conf, "spark.executor.instances", default)
 
 
 def count(conf: SparkConf, name: str, default: str = "1") -> int:
-    """A number in Spark's configuration. Raises UserError where it is not from 1 on."""
+    """A count in Spark's configuration. Raises UserError unless it is at least 1."""
     text = conf.get(name, default)
     if not (text.isdecimal() and int(text)):
-        raise UserError(f"{name} is {text}: it must be a whole number from 1 on")
+        raise UserError(f"{name} is {text}: it must be a whole number of at least 1")
     return int(text)
 
 
 def spark_error(error: Exception, mode: str) -> Exception:
-    """A UserError for what Spark, its Java or the cluster raised; a bug of this script as it is."""
+    """Turn what Spark, its Java or the cluster raised into a UserError; return bugs unchanged."""
     if isinstance(error, UserError):
         return error
-    resume = "--resume and this run's --output go on where an epoch was kept"
+    resume = "--resume with this run's --output continues after the last kept epoch"
     try:
         SparkContext._jvm.System.nanoTime()
-        text = str(error)  # of a Java exception: asks Java
-    except Exception:  # noqa: BLE001  whatever Py4J makes of a Java that does not answer
+        text = str(error)  # asks Java for its own exceptions
+    except Exception:  # noqa: BLE001  Py4J raises anything when Java is gone
         return UserError(f"Spark's Java was killed, perhaps for memory, or crashed: {resume}")
-    # PySpark makes a PicklingError of a full disk.
+    # PySpark turns a full disk into a PicklingError.
     if not isinstance(error, (Py4JError, PySparkException, pickle.PicklingError)):
         return error
     executor_lost = "give it more spark.executor.memoryOverhead or spark.executor.memory"
@@ -395,14 +392,14 @@ def spark_error(error: Exception, mode: str) -> Exception:
     known = {
         "SparkContext was shut down|stopped SparkContext": "the cluster has ended the run (yarn "
         f"application -status APPLICATION says why): {resume}",
-        "Java heap space|GC overhead": "Java's heap is too small: give it more by "
+        "Java heap space|GC overhead": "Java's heap is too small: raise "
         "--driver-memory and spark.executor.memory",
-        "BlockMissingException": "the cache lost pixels with a node of HDFS: run again with "
+        "BlockMissingException": "the cache lost pixels with an HDFS node: run again with "
         "another --cache",
         LOST: LOST_FIX,
         DIVERGED: f"{DIVERGED}: use a smaller --learning-rate",
         f"ExecutorLostFailure|FetchFailed|Python worker exited|{REPEATED}": "an executor was lost, "
-        f"or its Python, and its work with it: {executor_lost}",
+        f"or its Python, with its work: {executor_lost}",
     }
     lines = [line for pattern, line in known.items() if re.search(pattern, text)]
     if lines:
@@ -420,7 +417,7 @@ def spark_error(error: Exception, mode: str) -> Exception:
 
 
 def first_line(error: Exception) -> str:
-    """What has failed, without the stack: an exception of a worker's Python, or what Java says."""
+    """An error without its stack: the exception of a worker's Python, or Java's message."""
     text = str(error).split("\n: ", 1)[-1]
     _, in_python, trace = text.rpartition("Traceback (most recent call last):\n")
     if in_python:
@@ -433,7 +430,7 @@ def first_line(error: Exception) -> str:
 
 
 def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Executors and task slots, once they have TensorFlow and the parameter server has a port."""
+    """Count executors and task slots, and check that they and the server's port can train."""
     executors, slots = count_slots(context)
     if arguments.mode != SYNCHRONOUS:
         claim_port(context, arguments.port)
@@ -442,7 +439,7 @@ def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[i
 
 
 def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
-    """Executors and task slots, once those asked for have come or `patience` seconds are over."""
+    """Count executors and task slots; wait up to `patience` seconds for those requested."""
     scheduler = context._jsc.sc()
     profile = scheduler.resourceProfileManager().defaultResourceProfile()
     wanted = count_executors(context.getConf())
@@ -456,20 +453,20 @@ def count_slots(context: SparkContext, patience: int = 120) -> tuple[int, int]:
         if scheduler.isStopped():
             raise UserError(f"the cluster {context.master} does not answer, or refuses the run")
         executors = scheduler.getExecutorIds().size()
-        # None has come for a while: there are no more.
+        # None has come for a while: there will be no more.
         if executors >= wanted and slots == slots_before > 0:
             return executors, slots
         time.sleep(2)
     if not slots:
         problem = f"Spark gave no executor within {patience} s"
         raise UserError(f"{problem}: is the cluster full, or too small for one?")
-    came = f"{executors} executors of {wanted} came within {patience} s"
-    print(f"warning: {came}: going on", file=sys.stderr)
+    came = f"only {executors} of {wanted} executors came within {patience} s"
+    print(f"warning: {came}: continuing with them", file=sys.stderr)
     return executors, slots
 
 
 def claim_port(context: SparkContext, port: int) -> None:
-    """Tell Elephas the driver's address for executors. Raises UserError where `port` is taken."""
+    """Tell Elephas the driver's address for executors. Raises UserError if `port` is taken."""
     host = context.getConf().get("spark.driver.host")
     try:
         address = socket.gethostbyname(host)
@@ -481,7 +478,7 @@ def claim_port(context: SparkContext, port: int) -> None:
 
 
 def warm_up(context: SparkContext, slots: int) -> None:
-    """Import on the executors what training does. Raises UserError for a host that differs."""
+    """Import on executors what training needs. Raises UserError for a host that differs."""
     modules = ["boto3", "elephas.spark_model", "pandas", "PIL", "scipy", "sklearn", "yaml"]
     packages = ["tensorflow", "keras", "numpy"]
     wanted = [importlib.metadata.version(name) for name in packages]
@@ -495,7 +492,7 @@ def warm_up(context: SparkContext, slots: int) -> None:
             found = [importlib.metadata.version(name) for name in packages]
             if found != wanted:
                 problem = f"{', '.join(packages)} are {found}, but the driver's {wanted}"
-        except Exception as error:  # noqa: BLE001  whatever a broken package raises
+        except Exception as error:  # noqa: BLE001  a broken package raises anything
             problem = f"{type(error).__name__}: {error}"
         gc.freeze()  # kept_model says why
         return [f"{socket.gethostname()}, {sys.executable}: {problem}"] if problem else []
@@ -506,9 +503,9 @@ def warm_up(context: SparkContext, slots: int) -> None:
 
 
 def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int) -> int:
-    """As many workers as asked for or `slots`, each with more images than a batch.
+    """The number of workers: those requested or `slots`, each with more images than a batch.
 
-    Elephas does not train on fewer. Raises UserError where one worker has too few.
+    Elephas does not train a worker with fewer. Raises UserError if even one has too few.
     """
     batch_size = arguments.batch_size
     wanted = arguments.workers or slots
@@ -526,7 +523,7 @@ def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int
 def describe(
     context: SparkContext, arguments: argparse.Namespace, executors: int
 ) -> dict[str, Any]:
-    """What the result line says of the cluster."""
+    """The result line's description of the cluster."""
     return {
         "mode": arguments.mode,
         "master": context.master,
@@ -544,12 +541,12 @@ def task_cores(context: SparkContext) -> int:
 
 # ==== ingest on the executors: bucket -> records -> chunks by worker ====
 
-# A record is an image in the cache, a row of Parquet. A chunk is images in memory, which Spark
-# moves as one object: rows of the table (n,) and pixels uint8 (n, size, size).
+# A record is a cached image, a row of Parquet. A chunk is some images in memory, which Spark moves
+# as one object: rows of the table (n,) and pixels uint8 (n, size, size).
 RECORD = "key string, etag string, pixels binary"
 CHUNK_BYTES = 2**24
-TASK = 250  # images that a task fetches, and stores in one file at its end
-ROUND = 2000  # images of a task slot until the driver looks at what could not be read
+TASK = 250  # images that a task fetches, then stores in one file
+ROUND = 2000  # images a task slot, after which the driver counts unreadable ones
 
 
 def ingest_on_executors(
@@ -561,8 +558,8 @@ def ingest_on_executors(
 ) -> tuple[pd.DataFrame, dict[str, RDD], int]:
     """Fetch what the cache lacks, and hold the pixels of all images on the executors.
 
-    Returns the table, in which each unreadable image has split "skipped" and a reason (the others:
-    ''), chunks with the images of each split, and how many images came from the cache.
+    Returns the table, where an unreadable image has the split "skipped" and a reason, the chunks of
+    each split, and the number of images from the cache.
     """
     context = session.sparkContext
     cache = SparkCache(session, credentials, arguments)
@@ -588,7 +585,7 @@ def ingest_on_executors(
     for split in ("validation", "test"):
         order = np.flatnonzero(table["split"] == split)
         data[split] = dealt(chunks, order, arguments.workers)
-        # Spark keeps what it has moved. Share counts the training images.
+        # Spark keeps what this moves. Share counts the training images.
         lost = len(order) - data[split].map(lambda chunk: len(chunk[0])).sum()
         if lost > 0:
             fix = "run again; if that fails too, delete the --cache"
@@ -603,10 +600,10 @@ def fetch_records(
     unreadable: Accumulator,
     failures: Accumulator,
 ) -> Iterator[tuple[str, str, bytes]]:
-    """Records of `images`, (row, key, etag) each.
+    """Fetch `images`, (row, key, etag) each; yield their records.
 
-    `unreadable` gets (row, reason). Where S3 itself fails, `failures` gets the message: raised
-    here, it would cost the records that came.
+    Adds (row, reason) to `unreadable`, and S3's own failure to `failures`: raised here, it would
+    lose the records already fetched.
     """
     keys: dict[Any, str] = {image: image[1] for image in images}
     client, size = s3_client(credentials), arguments.image_size
@@ -624,7 +621,7 @@ def fetch_records(
 def leave_out(
     unreadable: dict[int, str], table: pd.DataFrame, arguments: argparse.Namespace
 ) -> pd.DataFrame:
-    """The table with {row: reason} marked. Raises UserError when too few images are left."""
+    """Mark {row: reason} in the table. Raises UserError if too few images are left."""
     reasons = pd.Series(unreadable, dtype=str).reindex(table.index, fill_value="")
     table = table.assign(split=table["split"].mask(reasons != "", "skipped"), reason=reasons)
     check_splits(table, arguments.batch_size)
@@ -637,8 +634,8 @@ def leave_out(
 class SparkCache:
     """Records in Parquet files, in a folder for each store, bucket and image size below --cache.
 
-    `folder` is "" where other hosts' executors could not read it: then they hold the records on
-    their disks. Raises UserError for a --cache that cannot be used.
+    `folder` is "" if other hosts could not read it: then executors keep the records on their own
+    disks. Raises UserError for an unusable --cache.
     """
 
     def __init__(
@@ -678,18 +675,18 @@ class SparkCache:
             self._held.append(records.persist(StorageLevel.DISK_ONLY))
             records.count()
             return
-        # By Hadoop's second algorithm a file is there when its task ends, not when all tasks do.
+        # With Hadoop's algorithm 2 a file is there when its task ends, not when all tasks do.
         options = {"compression": "none", "mapreduce.fileoutputcommitter.algorithm.version": 2}
         frame = self._session.createDataFrame(records, RECORD, verifySchema=False)
         # A folder of its own each time: Spark does not let two runs write to one at a time.
         frame.write.options(**options).parquet(f"{self.folder}/{time.time_ns()}")
 
     def read(self) -> RDD:
-        """All records; an image is in more than one if two runs stored it."""
+        """All records; an image that two runs stored has two."""
         return self._frame().rdd if self.folder else self._session.sparkContext.union(self._held)
 
     def _frame(self) -> DataFrame:
-        # A damaged file counts as not there: its images are fetched again.
+        # A damaged file counts as missing: its images are fetched again.
         options = {"recursiveFileLookup": True, "ignoreCorruptFiles": True}
         return self._session.read.schema(RECORD).options(**options).parquet(self.folder)
 
@@ -706,7 +703,7 @@ def chunks_of(
 
 
 def dealt(chunks: RDD, order: np.ndarray, workers: int) -> RDD:
-    """Chunks by worker of the images whose rows are in `order`: to each worker one in turn."""
+    """Deal the images whose rows are in `order` to the workers in turn: chunks by worker."""
     return (
         chunks.mapPartitions(lambda items: sent(items, order, workers))
         .partitionBy(workers, int)
@@ -715,7 +712,7 @@ def dealt(chunks: RDD, order: np.ndarray, workers: int) -> RDD:
 
 
 def sent(chunks: Iterable[tuple], order: np.ndarray, workers: int) -> Iterator[tuple]:
-    """(worker, chunk) of the images in `chunks`, as `dealt` says."""
+    """(worker, chunk) of the images in `chunks` that `order` deals."""
     turns = pd.Series(np.arange(len(order)) % workers, order)
     for rows, pixels in chunks:
         worker_of = turns.reindex(rows, fill_value=-1).to_numpy()
@@ -726,9 +723,7 @@ def sent(chunks: Iterable[tuple], order: np.ndarray, workers: int) -> Iterator[t
 
 
 def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images of `chunks` as one, in the table's order. Two runs may have stored an image: it
-    is there once.
-    """
+    """The images of `chunks` in the table's order; one that two runs stored is there once."""
     came = list(chunks)
     rows = np.unique([row for some, _ in came for row in some]).astype(int)
     pixels = np.empty((len(rows), size, size), np.uint8)
@@ -741,9 +736,9 @@ def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train_asynchronously(trainer: "SparkTrainer", run: "Run") -> None:
-    """Train the epochs that `run.history` lacks in one fit, and validate them after it.
+    """Train the epochs missing from `run.history` in one fit, then validate them.
 
-    That is when the task slots are free.
+    Only then are the task slots free.
     """
     first = len(run.history) + 1
     if first <= run.arguments.epochs:
@@ -763,7 +758,7 @@ def train_asynchronously(trainer: "SparkTrainer", run: "Run") -> None:
 
 
 class SnapshotKeeper:
-    """Keeps the epochs of an asynchronous fit as they come, without validation."""
+    """Keeps the epochs of an asynchronous fit as they arrive, not yet validated."""
 
     def __init__(self, model: Any, run: "Run", first: int) -> None:
         self._model = model
@@ -793,9 +788,9 @@ class SnapshotKeeper:
 
 
 class SparkTrainer:
-    """Trains `model`, which is the driver's, on the workers' images by Elephas, and predicts there.
+    """Trains the driver's `model` on the workers through Elephas, and predicts there.
 
-    `data` has chunks with the images of each split, those of validation and test by worker.
+    `data` has the chunks of each split, for validation and test by worker.
     """
 
     def __init__(
@@ -812,9 +807,8 @@ class SparkTrainer:
         self._train = np.flatnonzero(table["split"] == "train")
         self._counts = table["split"].value_counts()
         self._arguments = arguments
-        # Elephas averages or serves the model; synchronous, Adam's state with it: it lets Adam
-        # start anew in each epoch, and a state that stayed in a worker would be lost with it, and
-        # to --resume.
+        # Synchronous mode averages Adam's state with the weights. Elephas alone would reset it in
+        # each epoch, and state kept in a worker would be lost with the worker, and to --resume.
         model.optimizer.build(model.trainable_variables)
         labels = context.broadcast(pickle.dumps(table[LABELS].to_numpy(np.float32)))
         self._job = Job(model.to_json(), task_cores(context), labels, len(self._train), arguments)
@@ -824,33 +818,30 @@ class SparkTrainer:
         self._background = ThreadPool(1)
 
     def fit_epoch(self, epoch: int) -> float:
-        """The mean of what the workers make of the weights and of Adam's state in an epoch; its
-        mean loss.
-        """
+        """Train an epoch on the workers; average weights and Adam's state; return the mean loss."""
         if self._elephas is None:
             self._elephas = averaged_model(self.model, self._job)
-        # Validation after the epoch before has sent them.
+        # Validation of the previous epoch has sent them.
         parameters = self._parameters or self._send()
         with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
             self._elephas.fit(self._images(epoch), epoch=epoch, parameters=parameters)
-        parameters.destroy()  # it is not the model any more
+        parameters.destroy()  # the model has changed
         self._parameters = None
         if epoch < self._arguments.epochs:
-            # While the driver gets ready for validation, computes its AUROC and keeps a checkpoint.
+            # Meanwhile the driver prepares validation and keeps a checkpoint.
             images = self._draw(epoch + 1)
             self._dealt = images, self._background.apply_async(images.count)
         histories = self._elephas.training_histories[-self._arguments.workers :]
         return np.mean([history["loss"][0] for history in histories])
 
     def fit_asynchronously(self, first: int, keep: Callable[["Snapshot"], None]) -> None:
-        """Train the epochs from `first` on in one fit of Elephas, in which no worker waits for
-        another.
+        """Train the epochs from `first` on in one Elephas fit; no worker waits for another.
 
-        `keep` is called with the snapshot of each epoch that all workers have finished, while they
+        Calls `keep` with the snapshot of each epoch that all workers have finished, while they
         train on. What it raises ends the fit.
         """
         with contextlib.redirect_stdout(io.StringIO()):
-            # The images are dealt once: a resumed run deals them as the run before it.
+            # Dealt once, and by a resumed run in the same way.
             shared_model(self.model, self._job).fit(self._draw(epoch=1), first=first, keep=keep)
 
     def predict(self, split: str) -> np.ndarray:
@@ -867,9 +858,9 @@ class SparkTrainer:
         return np.stack([probabilities[row] for row in sorted(probabilities)])
 
     def _send(self) -> Broadcast:
-        """The model's weights and Adam's state, for the executors, in place of those sent before.
+        """Broadcast the model's weights and Adam's state in place of those sent before.
 
-        What was sent before would stay in the driver's temporary folder, 39 MB each.
+        Otherwise 39 MB stay in the driver's temporary folder each time.
         """
         if self._parameters:
             self._parameters.destroy()
@@ -879,24 +870,24 @@ class SparkTrainer:
         return self._parameters
 
     def _images(self, epoch: int) -> RDD:
-        """The training images as they are dealt in an epoch."""
+        """The training images as dealt for an epoch."""
         if self._dealt is None:
             return self._draw(epoch)
         (images, dealing), self._dealt = self._dealt, None
-        dealing.get()  # Spark keeps what it has moved, as long as `images` is the same object
+        dealing.get()  # Spark keeps what it has moved as long as `images` lives
         return images
 
     def _draw(self, epoch: int) -> RDD:
-        """The training images, dealt to the workers anew.
+        """Deal the training images to the workers anew.
 
-        Workers that see the same images in each epoch agree later, and on less.
+        Workers that always see the same images converge later, to a worse model.
         """
         random = np.random.default_rng([self._arguments.seed, epoch])
         return dealt(self._data["train"], random.permutation(self._train), self._arguments.workers)
 
 
 class Job(NamedTuple):
-    """What a worker is sent, beside images and weights."""
+    """What a worker is sent besides images and weights."""
 
     model_json: str
     cores: int
@@ -906,12 +897,12 @@ class Job(NamedTuple):
 
 
 def kept_model(job: Job) -> Any:
-    """In an executor's Python process: the compiled model, the same one in each task.
+    """The compiled model of an executor's Python process, the same one in each task.
 
-    Elephas' own worker builds, compiles and traces a model in each task: most of an epoch's time
-    here.
+    Elephas' own worker builds, compiles and traces a model in each task, which would take most of
+    an epoch.
     """
-    # What Spark sends has fresh globals in every task, but a module that is imported stays.
+    # Code that Spark sends has fresh globals in each task, but an imported module stays.
     kept: Any = sys.modules.setdefault("xray_kept", types.ModuleType("xray_kept"))
     if not hasattr(kept, "model"):
         tf = import_tensorflow()
@@ -924,14 +915,13 @@ def kept_model(job: Job) -> Any:
         speed_up(model.get_layer("mobilenet").layers)
         model.optimizer.build(model.trainable_variables)
         kept.model = model
-        # PySpark has Python collect garbage after each task: 0.4 s to look through all that
-        # TensorFlow and Keras consist of.
+        # PySpark collects garbage after each task: 0.4 s with TensorFlow and Keras loaded.
         gc.freeze()
     return kept.model
 
 
 def state_of(model: Any) -> list[Any]:
-    """The variables that synchronous workers agree on: the weights, and the state of Adam."""
+    """The variables that synchronous workers average: the weights and Adam's state."""
     return [*model.weights, *model.optimizer.variables]
 
 
@@ -951,8 +941,8 @@ def all_finite(arrays: list[np.ndarray]) -> bool:
 class Share:
     """A worker's share of the training images, in its memory.
 
-    Raises RuntimeError where it is not as large as the deal: what Spark makes anew after a loss
-    comes from the cache or from S3 once more, which may fail then.
+    Raises RuntimeError if images are missing: after a loss Spark reads them from the cache or from
+    S3 again, which may fail.
     """
 
     def __init__(self, items: Iterator[tuple], job: Job) -> None:
@@ -965,8 +955,8 @@ class Share:
 
     def fit(self, model: Any, epoch: int) -> dict[str, list[float]]:
         """Train an epoch; its Keras history."""
-        # Order, flips and dropout follow from seed, epoch and worker alone: a resumed run draws
-        # what an unbroken one draws.
+        # Order, flips and dropout depend only on seed, epoch and worker: a resumed run draws the
+        # same as an unbroken one.
         random = np.random.default_rng(
             [self._arguments.seed, epoch, TaskContext.get().partitionId()]
         )
@@ -996,9 +986,7 @@ def predict_partition(items: Iterator[tuple], job: Job, parameters: Broadcast) -
 
 
 def averaged_model(model: Any, job: Job) -> Any:
-    """Elephas' synchronous model, whose workers keep their Keras models, and whose mean covers
-    Adam's state.
-    """
+    """Elephas' SparkModel with workers that keep their Keras model and average Adam's state."""
     from elephas.spark_model import SparkModel
     from elephas.utils import average_and_subtract, subtract_params
     from elephas.worker import SparkWorker
@@ -1026,28 +1014,26 @@ def averaged_model(model: Any, job: Job) -> Any:
 
 
 class Snapshot(NamedTuple):
-    """What the parameter server has when the last worker has finished an epoch."""
+    """The parameter server's state when the last worker has finished an epoch."""
 
     epoch: int
     loss: float  # the mean of the workers'
-    # Of the model, in its order. The others may be ahead: their changes are in it too.
+    # In the model's order. Other workers may be ahead: their changes are in them too.
     weights: list[np.ndarray]
     end: float  # by time.perf_counter, whose clock the processes of a machine share
 
 
 class Update(NamedTuple):
-    """What a worker sends the parameter server after an epoch, beside its change."""
+    """What a worker sends the parameter server after an epoch, besides its change."""
 
     worker: int
     epoch: int
     loss: float
-    statistics: list[np.ndarray]  # the worker's weights that are not trained
+    statistics: list[np.ndarray]  # the worker's non-trainable weights
 
 
 def shared_model(model: Any, job: Job) -> Any:
-    """Elephas' asynchronous model, whose workers keep their Keras models, behind a parameter server
-    with a key.
-    """
+    """Elephas' AsynchronousSparkModel with kept Keras models and a guarded parameter server."""
     from elephas.parameter import HttpClient
     from elephas.spark_model import AsynchronousSparkModel
     from elephas.worker import AsynchronousSparkWorker
@@ -1064,11 +1050,11 @@ def shared_model(model: Any, job: Job) -> Any:
             self.update_parameters([*change, *update.statistics])
 
     class KeptWorker(AsynchronousSparkWorker):
-        """Gives the server one of the workers' parts of its change in each epoch.
+        """One of N workers; sends the server 1/N of its change in each epoch.
 
-        Elephas adds the workers' whole changes up: steps as many times too long as there are
-        workers. The moving statistics of batch normalisation stay with the worker, and the server
-        is told them: where changes add up, a variance can fall below zero.
+        Elephas adds up the workers' whole changes, which makes steps N times too long. The moving
+        statistics of batch normalisation are sent whole, beside the change: added up, changes can
+        make a variance negative.
         """
 
         def __init__(self, client: KeyClient, first: int) -> None:
@@ -1077,9 +1063,9 @@ def shared_model(model: Any, job: Job) -> Any:
 
         def train(self, data_iterator: Iterator[tuple]) -> Iterator[list]:
             if TaskContext.get().attemptNumber() > 0:
-                # Spark counts no failure where a node was lost or YARN wanted it back.
+                # Spark does not count a lost or preempted node as a failure.
                 raise RuntimeError(REPEATED)
-            # Else Elephas' client goes, with the key, by a proxy that is for S3.
+            # Otherwise Elephas' client sends the key through a proxy that is meant for S3.
             direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             urllib.request.install_opener(direct)
             share = Share(data_iterator, job)
@@ -1132,19 +1118,18 @@ def shared_model(model: Any, job: Job) -> Any:
                     for snapshot in server.snapshots():
                         keep(snapshot)
                 finally:
-                    server.receiver.close()  # what it still sends would hold up its end
+                    server.receiver.close()  # unread snapshots would keep the server from ending
                 training.get()
 
     return SharedModel()
 
 
 def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) -> Any:
-    """Elephas' parameter server, but for those who have `key` alone, and with a snapshot of each
-    epoch that all `workers` have finished.
+    """Elephas' parameter server, open only to clients with `key`.
 
-    Elephas' own one takes anything from anyone, keeps its lock when a request fails or stalls, so
-    that the run hangs, outlives a driver that is killed, and offers everyone on the network a
-    Python console.
+    It sends a snapshot of each epoch that all `workers` have finished. Elephas' own server takes
+    anything from anyone, keeps its lock when a request fails or stalls, so that the run hangs,
+    outlives a killed driver, and offers the network a Python console.
     """
     import flask
     from elephas.parameter import HttpServer
@@ -1154,8 +1139,8 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
         def __init__(self) -> None:
             super().__init__(model, port, mode, debug=False)
             self.trained = [variable.trainable for variable in self.master_network.weights]
-            # An update has the statistics behind the change: Elephas subtracts as many arrays as
-            # there are weights.
+            # An update has the statistics after the change; Elephas subtracts only as many arrays
+            # as there are weights.
             statistics = [
                 array for array, trained in zip(self.weights, self.trained) if not trained
             ]
@@ -1171,22 +1156,22 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
 
         def start(self) -> None:
             super().start()
-            self.sender.close()  # the server has it: when that ends, so does what can be received
+            self.sender.close()  # only the server holds it now: the pipe ends with it
 
         def snapshots(self) -> Iterator[Snapshot]:
-            """The snapshots, as they come, until the server has been stopped."""
+            """The snapshots as they arrive, until the server stops."""
             with contextlib.suppress(EOFError):
                 while True:
                     yield self.receiver.recv()
 
         def start_flask_service(self) -> None:
-            logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise a line per request
             threading.Thread(target=end_with, args=(self.driver,), daemon=True).start()
             self.receiver.close()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to answer
-            # HttpServer.stop sends it: what is in `sending` then still reaches the driver.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
+            # HttpServer.stop sends it: what is in `sending` must still reach the driver.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-            # A thread, so that no worker waits for a driver that is slow to take a snapshot.
+            # A thread, so that no worker waits until the driver takes a snapshot.
             with ThreadPoolExecutor(1) as self.sending:
                 super().start_flask_service()
 
@@ -1195,7 +1180,7 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
         ) -> Callable:
             @functools.wraps(func)
             def answer() -> Any:
-                # Before the lock: what a stranger sends, or half sends, must not hold it.
+                # Before the lock, which a stranger's or an incomplete request must not hold.
                 update = self.admit()
                 if self.mode == "hogwild":
                     reply = func()
@@ -1212,9 +1197,7 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
             return answer
 
         def admit(self) -> Optional[Update]:
-            """Refuse a request without the key, unread, and one that is no update of these
-            weights.
-            """
+            """Refuse a request without the key, unread, and one that does not fit the weights."""
             headers = flask.request.headers
             given = headers.get("Authorization", "").encode()
             if not hmac.compare_digest(given, f"Bearer {key}".encode()):
@@ -1227,7 +1210,7 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
                 arrays = bytes_to_weights(flask.request.get_data())
                 worker, epoch = int(headers["Xray-Worker"]), int(headers["Xray-Epoch"])
                 loss = float(headers["Xray-Loss"])
-            except Exception:  # noqa: BLE001  whatever NumPy makes of bytes from anywhere
+            except Exception:  # noqa: BLE001  NumPy raises anything for unknown bytes
                 flask.abort(400)
             like = [(array.shape, array.dtype) for array in arrays]
             if like != self.update_like or worker not in range(workers):
@@ -1237,9 +1220,7 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
             return Update(worker, epoch, loss, arrays[len(self.weights) :])
 
         def note(self, update: Update) -> None:
-            """Keep what a worker has told, and make a snapshot where it is the last to finish an
-            epoch.
-            """
+            """Keep an update's figures; send a snapshot if its worker is the last of the epoch."""
             with self.noting:
                 self.statistics[update.worker] = update.statistics
                 losses = self.losses[update.epoch]
@@ -1249,7 +1230,7 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
 
         def snapshot(self, epoch: int) -> Snapshot:
             means = (np.mean(arrays, axis=0) for arrays in zip(*self.statistics.values()))
-            # Elephas replaces the list of weights and its arrays: nothing changes in them later.
+            # No copy: Elephas replaces its arrays and never changes them.
             weights = [
                 array if trained else next(means)
                 for array, trained in zip(self.weights, self.trained)
@@ -1261,17 +1242,16 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
 
 
 def end_with(parent: int) -> None:
-    """End this process when `parent` has ended."""
+    """End this process when `parent` ends."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def weights_alone(model: Any) -> Any:
-    """`model` with the same layers and no state of an optimizer: its checkpoints have a third of
-    the size.
+    """`model` without the optimizer's state: its checkpoints have a third of the size.
 
-    Adam's state is the workers' own in the asynchronous modes.
+    In the asynchronous modes each worker has an Adam of its own.
     """
     import keras
 
@@ -1289,12 +1269,12 @@ LABELS = [
     "Pneumothorax",
 ]  # fmt: skip
 SPLITS = ["train", "validation", "test"]
-TRAIN_SHARE = 0.7  # of the patients; the test split is what these two leave
+TRAIN_SHARE = 0.7  # of the patients; the test split is the rest
 VALIDATION_SHARE = 0.1
 
 
 def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The images of the run, by name: columns image, patient, 15 labels, key, etag and split."""
+    """The run's images, by name: columns image, patient, the 15 labels, key, etag and split."""
     bucket, prefix = arguments.bucket, arguments.images
     where = f"in bucket {bucket} below '{prefix}'"
     with s3_errors(bucket):
@@ -1333,9 +1313,9 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def images_fix(client: Any, bucket: str) -> str:
-    """What to do about --images, from the folders of the PNGs among the bucket's first objects."""
+    """Advice on --images: the folders that hold PNGs, from the bucket's first page of objects."""
     page: dict[str, Any] = {}
-    with contextlib.suppress(botocore.exceptions.ClientError):  # not all keys may list all
+    with contextlib.suppress(botocore.exceptions.ClientError):  # some keys may list one prefix only
         page = client.list_objects_v2(Bucket=bucket)
     keys = (entry["Key"] for entry in page.get("Contents", []))
     folders = sorted({key[: key.rfind("/") + 1] for key in keys if key.lower().endswith(".png")})
@@ -1345,12 +1325,12 @@ def images_fix(client: Any, bucket: str) -> str:
 def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
     """Columns image, patient (8 digits) and the 15 labels (float32, 0 or 1) from NIH's CSV.
 
-    The version of 2017 or of 2020. Raises UserError that names the row for an unknown label, a
-    doubled image or a bad patient id.
+    Reads the 2017 and 2020 versions. Raises UserError, naming the row, for an unknown label, a
+    duplicate image or a bad patient id.
     """
     try:
-        # The header of 2017 has one name more than its rows have values: index_col=False keeps
-        # them aligned.
+        # The 2017 header has one more name than the rows have values; index_col=False keeps them
+        # aligned.
         how = {"dtype": str, "index_col": False, "keep_default_na": False}
         frame = pd.read_csv(io.StringIO(decode_text(csv)), **how)
     except ValueError as error:
@@ -1373,7 +1353,7 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
 
     codes = pd.Categorical(findings, categories=LABELS).codes
     refuse(findings, codes < 0, "is not one of ChestX-ray14's 15 labels")
-    refuse(image, image.duplicated().to_numpy(), "has a row already")
+    refuse(image, image.duplicated().to_numpy(), "already has a row")
     refuse(patient, ~patient.str.fullmatch("[0-9]+").to_numpy(bool), "is not a patient id")
     hot = np.zeros((len(frame), len(LABELS)), np.float32)
     hot[findings.index, codes] = 1
@@ -1382,7 +1362,7 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
 
 
 def decode_text(data: bytes, errors: str = "strict") -> str:
-    """The text of a UTF-8 file, or of a UTF-16 one with the byte-order mark of Windows."""
+    """The text of a UTF-8 file, or of a UTF-16 file with Windows' byte-order mark."""
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if utf_16 else "utf-8-sig", errors)
 
@@ -1392,9 +1372,9 @@ def assign_splits(
 ) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
-    A patient's split depends on the seed and the patient id alone: no limit, new image or other
-    machine moves it. With `test_images` those are the test split, and the same hash divides the
-    other patients in the same proportion. Raises UserError where they divide a patient.
+    A patient's split depends only on the seed and the patient id: no limit, new image or other
+    machine changes it. With `test_images`, those are the test split, and the same hash splits the
+    other patients in the same proportion. Raises UserError if a patient is on both sides.
     """
     fractions = {patient: hash_fraction(seed, patient) for patient in table["patient"].unique()}
     fraction = table["patient"].map(fractions)
@@ -1411,13 +1391,13 @@ def assign_splits(
 
 
 def hash_fraction(*parts: Any) -> float:
-    """A number in [0, 1) that depends on `parts` alone, on every machine."""
+    """A number in [0, 1) determined by `parts`, the same on every machine."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def check_splits(table: pd.DataFrame, batch_size: int) -> None:
-    """Print the sizes. Raises UserError for an empty split or too few images to train on."""
+    """Print the splits' sizes. Raises UserError for an empty one or too few training images."""
     counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{sizes} images of {table['patient'].nunique():,} patients")
@@ -1437,16 +1417,16 @@ def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 # ==== pixels: from S3 to a small grey image ====
 
-FETCH_THREADS = 32  # of a process: a GET takes about 50 ms, an image 5 to 14 ms of a core
-# Of the images. Pillow knows more, and would hand an EPS that is named .png to Ghostscript.
+FETCH_THREADS = 32  # a process: a GET takes about 50 ms, decoding 5 to 14 ms of a core
+# Pillow reads other formats too, and would hand an EPS named .png to Ghostscript.
 FORMATS = ["PNG", "JPEG"]
 
 
 def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> Iterator[tuple]:
-    """(row, pixels (size, size) or None, why None) for each row of `keys`, as they arrive from many
-    requests at once.
+    """Fetch and decode images by many requests at once; yield them in order of arrival.
 
-    Raises UserError when S3 itself fails, which is not the image's fault.
+    `keys` has the key by row. Yields (row, uint8 pixels (size, size) or None, why None). Raises
+    UserError when S3 itself fails, which is not the image's fault.
     """
 
     def fetch_one(item: tuple[int, str], again: bool = True) -> tuple:
@@ -1461,13 +1441,11 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
             reason = "not an image"
         except Exception as error:  # noqa: BLE001  whatever Pillow raises, the run goes on
             reason = f"{type(error).__name__}: {one_line(error)}"
-        # The file may be whole, and what came cut short together with its Content-Length: then a
-        # second one differs.
+        # The object may be intact but this download truncated, with a Content-Length to match.
         return fetch_one(item, again=False) if again else (row, None, reason)
 
     items = iter(keys.items())
-    # Threads wait at a full queue: they share Python's lock with the caller, and would leave it
-    # further and further behind.
+    # Bounded: the threads share Python's lock with the caller, who would fall ever further behind.
     arrivals: queue.Queue = queue.Queue(FETCH_THREADS)
 
     def fetch_all() -> None:
@@ -1495,12 +1473,12 @@ def decode(data: bytes, size: int) -> np.ndarray:
     # Verifies a PNG's checksums, which decoding ignores.
     Image.open(io.BytesIO(data), formats=FORMATS).verify()
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    # Pillow takes five times that, and FETCH_THREADS are in memory.
+    # Pillow needs five times as many bytes, for each of FETCH_THREADS images.
     if image.width * image.height > 2**25:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert("L") clips, not scales
         levels = np.asarray(image)
-        # Detectors give 10, 12 or 14 bits, and PNG has no place to say that they stand unscaled.
+        # Detectors give 10, 12 or 14 bits, often stored unscaled, and PNG cannot say so.
         bits = next(bits for bits in (8, 10, 12, 14, 16) if levels.max() < 2**bits)
         image = Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
     grey = image.convert("L")
@@ -1516,14 +1494,14 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
         raise UserError(f"{count}, {last}: replace them or raise --max-skipped {share}")
 
 
-# ==== the CNN, and how it is made faster ====
+# ==== the CNN, and its faster layers ====
 
 
 def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = False) -> Any:
     """MobileNet, compiled: uint8 (n, size, size, 1) to probabilities (n, 15).
 
     Howard et al., 2017, arXiv:1704.04861. The output bias starts at the log-odds of `labels`
-    (n, 15). Raises UserError where --weights cannot be loaded.
+    (n, 15). Raises UserError if --weights cannot be loaded.
     """
     import keras
 
@@ -1546,9 +1524,9 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps. They are
-            # trained from ImageNet's weights too: with frozen ones nothing holds activations in
-            # place, and a learning rate of 8e-4 kills the network (docs/results.md).
+            # With Keras' 0.99 a run of under 500 steps is evaluated with its initial statistics.
+            # They are trained from ImageNet's weights too: with frozen statistics a learning rate
+            # of 8e-4 kills the network (docs/results.md).
             layer.momentum = 0.9
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
@@ -1557,7 +1535,7 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
     speed_up(backbone.layers)
     prevalence = (labels.sum(axis=0) + 1) / (len(labels) + 2)
     findings.bias.assign(np.log(prevalence / (1 - prevalence)))
-    # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10
+    # Explicit: on a machine with a GPU, Keras' "auto" would use XLA for the CPU too, and be 10
     # times slower there.
     optimizer = keras.optimizers.Adam(arguments.learning_rate)
     model.compile(optimizer, "binary_crossentropy", jit_compile=xla)
@@ -1565,12 +1543,12 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
 
 
 def import_tensorflow() -> Any:
-    """The module tensorflow, with oneDNN's kernels, Keras' defaults and a silent import.
+    """Import TensorFlow silently, with oneDNN's kernels and Keras' default settings.
 
-    oneDNN is its default on few CPUs only. What it prints (libraries registered twice) helps
-    nobody but those who look for a CUDA library: TF_CPP_MIN_LOG_LEVEL=0 shows it.
+    oneDNN is the default on few CPUs. TF_CPP_MIN_LOG_LEVEL=0 shows what the import prints, which
+    helps to find a missing CUDA library.
     """
-    # Keras imports Matplotlib, which a backend of the user's that is missing would end.
+    # Keras imports Matplotlib, which fails if the user's backend is not installed.
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", KERAS_BACKEND="tensorflow", MPLBACKEND="agg")
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
     with contextlib.ExitStack() as stack:
@@ -1583,10 +1561,10 @@ def import_tensorflow() -> Any:
         try:
             import keras
             import tensorflow
-        except Exception as error:  # noqa: BLE001  whatever packages raise at import
+        except Exception as error:  # noqa: BLE001  packages raise anything at import
             fix = "check the installation, PYTHONOPTIMIZE, keras.json and matplotlibrc"
             raise UserError(f"TensorFlow or Keras cannot be imported ({error}): {fix}") from None
-    # Not those of the user's keras.json.
+    # Override the user's keras.json.
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
     keras.config.set_image_data_format("channels_last")
@@ -1594,23 +1572,23 @@ def import_tensorflow() -> Any:
 
 
 def speed_up(layers: list[Any]) -> None:
-    """Have the convolutions and batch normalisations of MobileNet compute the same faster.
+    """Make MobileNet's convolutions and batch normalisations faster, with the same results.
 
-    The figures below are images/s on a core of an AMD EPYC with 128 pixels and batches of 32. Only
-    the layers' `call` is replaced: config, weights and what is saved stay Keras' own. A convolution
-    of another kind than MobileNet's stays as it is.
+    The figures below are images/s on one core of an AMD EPYC, with 128 pixels and batches of 32.
+    Only each layer's `call` is replaced: config, weights and saved files stay Keras' own. Layers
+    that the fast functions do not cover are left alone.
     """
     import keras
 
     for norm in layers:
         if not isinstance(norm, keras.layers.BatchNormalization):
             continue
-        conv = norm.input._keras_history.operation  # the layer whose output it gets
+        conv = norm.input._keras_history.operation  # the layer before it
         if not is_plain(conv, norm):
             continue
         padding = conv.padding.upper()
         before = conv.input._keras_history.operation
-        if is_same_padding(before, conv):  # done by the convolution, it saves 2 % of a step
+        if is_same_padding(before, conv):  # padding in the convolution saves 2 % of a step
             before.call = lambda x: x
             padding = "SAME"
         conv.call = functools.partial(fast_convolution, conv, padding)
@@ -1625,7 +1603,7 @@ def is_plain(conv: Any, norm: Any) -> bool:
         isinstance(conv, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D))
         and not conv.use_bias
         and set(conv.dilation_rate) == {1}
-        and getattr(conv, "groups", 1) == 1  # a depthwise one has none to set
+        and getattr(conv, "groups", 1) == 1  # a depthwise one has no `groups`
         and conv.activation.__name__ == "linear"
         and conv.data_format == "channels_last"
         and norm.scale
@@ -1635,9 +1613,9 @@ def is_plain(conv: Any, norm: Any) -> bool:
 
 
 def is_same_padding(layer: Any, conv: Any) -> bool:
-    """Whether `layer`, which stands before `conv`, pads as TensorFlow's SAME does by itself.
+    """Whether `layer`, before `conv`, pads exactly as TensorFlow's SAME would.
 
-    With an even side and strides of 2 that is a row below and a column to the right:
+    With even sides and strides of 2, SAME adds a row below and a column on the right:
     https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
     """
     import keras
@@ -1654,8 +1632,7 @@ def is_same_padding(layer: Any, conv: Any) -> bool:
 def fast_convolution(conv: Any, padding: str, x: Any) -> Any:
     """The convolution `conv` of x (n, h, w, c) with `padding`.
 
-    A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to 117
-    images/s).
+    A 1x1 convolution is a matrix product, and faster when written as one (107 to 117 images/s).
     """
     import keras
     import tensorflow as tf
@@ -1673,7 +1650,7 @@ def fast_batch_normalization(
 ) -> Any:
     """Batch normalisation by TensorFlow's fused kernel (76 to 107 images/s).
 
-    Keras 3 has a kernel for each of its steps.
+    Keras 3 runs a kernel for each of its steps.
     """
     import tensorflow as tf
 
@@ -1683,7 +1660,7 @@ def fast_batch_normalization(
         return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
     result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
     count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
-    # As Keras has it; the kernel gives the unbiased variance.
+    # Keras uses the biased variance; the kernel returns the unbiased one.
     biased = result.batch_variance * (count - 1) / count
     for statistic, value in ((norm.moving_mean, result.batch_mean), (norm.moving_variance, biased)):
         statistic.assign(statistic * norm.momentum + value * (1 - norm.momentum))
@@ -1704,9 +1681,9 @@ class Trainer(Protocol):
 
 
 def train_epochs(trainer: Trainer, run: "Run") -> None:
-    """Train and validate the epochs that `run.history` lacks; `run` keeps each one.
+    """Train and validate the epochs missing from `run.history`; `run` keeps each one.
 
-    Raises UserError where the loss is not finite.
+    Raises UserError if the loss is not finite.
     """
     labels = labels_by_split(run.table)
     first = len(run.history) + 1
@@ -1738,10 +1715,11 @@ def show(row: dict[str, float], screen: Optional[TextIO] = None) -> None:
 
 
 def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
-    """Whether the network has died, which is then said on stderr.
+    """Warn on stderr if the network has died; return whether it has.
 
-    It gives all images the same probabilities `scores` (n, 15), to 0.001, or its AUROC was 0.5 in
-    the last two epochs. The first epoch tells nothing: batch normalisation has just begun.
+    It has if its probabilities `scores` (n, 15) are the same for all images, to 0.001, or its AUROC
+    was 0.5 in the last two epochs. One epoch proves nothing: the statistics of batch normalisation
+    have barely moved.
     """
     last = aurocs.tail(2)
     blind = len(scores) > 1 and np.ptp(scores, axis=0).max() < 1e-3
@@ -1762,7 +1740,7 @@ def batches(
 ) -> Any:
     """A tf.data.Dataset of images, uint8 (b, size, size, 1), and labels, float32 (b, 15).
 
-    Over `rows` in their order; `flips` says of each image whether it is mirrored.
+    Takes `rows` in their order; `flips` (bool, by row) says which images to mirror.
     """
     import tensorflow as tf
 
@@ -1780,7 +1758,7 @@ def batches(
     data = tf.data.Dataset.from_generator(generate, output_signature=(image, label))
     steps = math.ceil(len(rows) / batch_size)
     options = tf.data.Options()
-    # There is nothing to tune, and its thread holds up the end of each epoch by 1 s.
+    # There is nothing to tune, and its thread delays the end of each epoch by 1 s.
     options.autotune.enabled = False
     # One machine.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
@@ -1789,9 +1767,10 @@ def batches(
 
 
 def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
-    """Which of the table's `count` images this epoch mirrors, as bool (count,); None: no --flip.
+    """Which of the table's `count` images to mirror in an epoch: bool (count,); None: no --flip.
 
-    From seed, epoch and row alone: a resumed run draws what an unbroken one draws, on every target.
+    Depends only on seed, epoch and row: a resumed run draws the same as an unbroken one, on every
+    target.
     """
     if not arguments.flip:
         return None
@@ -1801,7 +1780,7 @@ def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optiona
 def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """Mean binary cross-entropy and mean AUROC of probabilities (n, 15).
 
-    The AUROC is nan where no label has both classes.
+    The AUROC is nan if no label has both classes.
     """
     likelihood = np.where(labels == 1, scores, 1 - scores).clip(1e-7)
     return {
@@ -1811,10 +1790,10 @@ def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def evaluate(trainer: Trainer, run: "Run") -> pd.DataFrame:
-    """Write predictions.csv of the best epoch; the metrics of the test split.
+    """Write the best epoch's predictions.csv; return the metrics of the test split.
 
-    A row for each label and one for their mean, with positives, AUROC, low, high (the 95 %
-    interval) and threshold.
+    A row for each label and one for their mean: positives, AUROC, low and high (the 95 % interval),
+    threshold.
     """
     with run.timed("evaluate"):
         run.load_best()
@@ -1845,7 +1824,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     By the rank sum: Hanley and McNeil, 1982, doi:10.1148/radiology.143.1.7063747.
     """
     positives = labels.sum(axis=0, dtype=float)
-    # From 1.18 on scipy ranks float32 in float32, whose sums lose digits.
+    # From 1.18 on, scipy ranks float32 scores in float32, whose sums lose digits.
     ranks = scipy.stats.rankdata(scores, axis=0).astype(float)
     rank_sums = (ranks * labels).sum(axis=0)
     pairs = positives * (len(labels) - positives)
@@ -1856,7 +1835,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def bootstrap_auroc(
     labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int
 ) -> pd.DataFrame:
-    """AUROC (1000, 15) of resamples of patients: the images of one are not independent."""
+    """AUROC (1000, 15) of resampled patients, since a patient's images are not independent."""
     random = np.random.default_rng(seed)
     rows_by_patient = list(patients.groupby(patients.to_numpy()).indices.values())
     samples = []
@@ -1868,7 +1847,7 @@ def bootstrap_auroc(
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold of the largest Youden index (1950) of a label (n,); nan: it has one class."""
+    """The threshold with the largest Youden index (1950) for a label (n,); nan: one class."""
     if labels.min() == labels.max():
         return math.nan
     false_positive, true_positive, thresholds = sklearn.metrics.roc_curve(labels, scores)
@@ -1877,12 +1856,12 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
 
 # ==== the run: its folder, clock and result ====
 
-# What a resumed run must have in common with the one that began; each target adds its own.
+# Options that a resumed run must share with the original; each target adds its own.
 DECISIVE = (
     "bucket", "labels", "images", "test_list", "limit", "image_size", "weights", "batch_size",
     "learning_rate", "flip", "seed",
 )  # fmt: skip
-# The files of a run beside config.json. All else in its folder is the user's, and left alone.
+# A run's files, besides config.json. Anything else in its folder is the user's, and left alone.
 CHECKPOINT = r"checkpoint-[1-9][0-9]*\.weights\.h5"
 RUN_FILES = CHECKPOINT + (
     r"|(history|predictions|skipped)\.csv|metrics\.json|model\.keras|report\.png"
@@ -1892,9 +1871,8 @@ RUN_FILES = CHECKPOINT + (
 class Run:
     """A run from its options to its result: run folder, clock and history.
 
-    `path` is the run folder and `table` has the images, both from `open` on; `history` has a row
-    for each epoch. A run that fails before `open` leaves nothing. Raises UserError for an --output
-    that cannot be used.
+    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch.
+    A run that fails before `open` leaves nothing behind. Raises UserError for an unusable --output.
     """
 
     def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
@@ -1933,7 +1911,7 @@ class Run:
         self._seconds[phase] += time.perf_counter() - start
 
     def check(self, table: pd.DataFrame, target: dict[str, Any]) -> None:
-        """Raise UserError where a run to resume had other options, images or `target`."""
+        """Raise UserError if the run to resume had other options, images or `target`."""
         columns = table[["image", "etag", "split", *LABELS]]
         options = vars(self.arguments)
         self._config = {
@@ -1964,10 +1942,10 @@ class Run:
             raise UserError(f"{where} is of {kind}: use another --output")
 
     def open(self, table: pd.DataFrame, model: Any) -> None:
-        """Take the run folder, and load the last epoch of a resumed run into `model`.
+        """Take the run folder; load the last epoch of a resumed run into `model`.
 
-        Checkpoints are of `model`. Raises UserError where another run has the folder, or a file of
-        the resumed run is damaged.
+        Checkpoints hold `model`. Raises UserError if another run has the folder, or a file to
+        resume from is damaged.
         """
         self.table = table
         self._model = model
@@ -1985,7 +1963,7 @@ class Run:
         self._update_copy()
 
     def _take_folder(self) -> None:
-        """Make the folder where it is new, and hold its lock to the end of the process."""
+        """Make the folder if it is new, and lock it until the process ends."""
         if self._copy or not self.arguments.output:
             self.path = new_folder(self._script)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -1994,7 +1972,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fix = "use another --output"
-            raise UserError(f"another run is at work in {self.path}: {fix}") from None
+            raise UserError(f"another run is using {self.path}: {fix}") from None
         except OSError as error:  # a file system without locks
             raise OSError(error.errno, error.strerror, self._lock.name) from None
         self._check_empty(look(self.path)[0])
@@ -2019,46 +1997,44 @@ class Run:
         if last > epochs:
             raise UserError(f"{where} has {last} finished epochs: --epochs {epochs} is less")
         self._model.optimizer.build(self._model.trainable_variables)
-        for epoch in needed:  # one that cannot be read is better known now than after hours
+        for epoch in needed:  # an unreadable one should fail now, not hours later
             self.load(epoch)
         self._drop_checkpoints()
         print(f"continuing after epoch {last}")
 
     def keep(self, row: dict[str, Any]) -> None:
-        """Keep an epoch: a checkpoint of weights and optimizer, then its row of the history."""
+        """Keep an epoch: a checkpoint of weights and optimizer, then its row in the history."""
         save_checkpoint(self._model, self._checkpoint(row["epoch"]))
-        # Not by concat, which warns where a column has no number yet.
+        # Not concat, which warns about a column without a number so far.
         self.history = pd.DataFrame([*self.history.to_dict("records"), row])
         self._write_history()
 
     def amend(self, epoch: int, values: dict[str, float]) -> None:
-        """Change values in the row of an epoch that is kept."""
+        """Change values in the row of a kept epoch."""
         self.history.loc[self.history["epoch"] == epoch, list(values)] = list(values.values())
         self._write_history()
 
     def _write_history(self) -> None:
-        # Checkpoints stay until history.csv no longer needs them: a kill between the two loses
-        # nothing.
+        # In this order a kill between the two loses nothing.
         write(self.path / "history.csv", self.history.to_csv(index=False))
         self._drop_checkpoints()
         self._update_copy()
 
     def load_best(self) -> None:
-        """Load the weights of the best epoch into the model, which has those of the last one."""
+        """Load the best epoch's weights into the model, which holds the last epoch's."""
         best = best_epoch(self.history)
         if best != len(self.history):
             self.load(best)
 
     def load(self, epoch: int) -> None:
-        """Load the checkpoint of an epoch. Raises UserError where it is missing or damaged."""
+        """Load the checkpoint of an epoch. Raises UserError if it is missing or damaged."""
         path = self._checkpoint(epoch)
         try:
             with warnings.catch_warnings():
-                # Keras only warns where the file has no state of the optimizer, and Adam would
-                # start anew.
+                # Keras only warns if the file lacks the optimizer's state: Adam would start anew.
                 warnings.filterwarnings("error", "Skipping")
                 self._model.load_weights(path)
-        # What HDF5 and Keras make of a damaged file.
+        # What HDF5 and Keras raise for a damaged file.
         except (OSError, ValueError, LookupError, RuntimeError, TypeError, UserWarning) as error:
             problem = f"damaged ({type(error).__name__})" if path.exists() else "missing"
             where = f"{path.name} in {self.arguments.output or self.path}"
@@ -2069,7 +2045,7 @@ class Run:
         return self.path / f"checkpoint-{epoch}.weights.h5"
 
     def _drop_checkpoints(self) -> None:
-        """Remove all checkpoints but those that the run needs."""
+        """Remove the checkpoints that the run no longer needs."""
         needed = {self._checkpoint(epoch) for epoch in needed_epochs(self.history)}
         for path in set(run_files(self.path, CHECKPOINT)) - needed:
             path.unlink()
@@ -2081,8 +2057,8 @@ class Run:
     def finish(self, report: pd.DataFrame, target: dict[str, Any], cached: int) -> None:
         """Write model.keras, metrics.json and report.png, and print the result.
 
-        `report` is evaluate's, `target` is what the result says of it, `cached` images came from
-        the cache. Raises CopyError where the copy on S3 is incomplete.
+        `report` comes from evaluate, `target` goes into the result, `cached` images came from the
+        cache. Raises CopyError if the copy on S3 is incomplete.
         """
         import keras
 
@@ -2099,7 +2075,7 @@ class Run:
         print(report.to_string(float_format="{:.3f}".format, na_rep="-"))
         print(f"run folder: {self.path}")
         best, last = best_epoch(self.history), len(self.history)
-        print(f"evaluated: epoch {best} of {last}, the one of the highest validation AUROC")
+        print(f"evaluated: epoch {best} of {last}, which had the highest validation AUROC")
         print(json.dumps(result), flush=True)
         if self._copy:
             self._copy.finish(self.path)
@@ -2108,7 +2084,7 @@ class Run:
         """The content of metrics.json."""
         images = self.table["split"].value_counts().reindex([*SPLITS, "skipped"], fill_value=0)
         history = self.history.set_index("epoch")
-        # An epoch that traced the graph counts only where there is no other.
+        # Epochs that traced the graph count only if there are no others.
         steady = history if history["traced"].all() else history[~history["traced"]]
         aurocs = history["validation_auroc"]
         best = best_epoch(self.history)
@@ -2148,20 +2124,20 @@ class Run:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where no file can be made in the folder, or in the one it will be made in."""
+    """Raise OSError if the folder, or the one it will be created in, is not writable."""
     folders = (path, *path.absolute().parents)
     there = next(folder for folder in folders if folder.exists() or folder.is_symlink())
     tempfile.TemporaryFile(dir=there).close()
 
 
 def look(folder: Path) -> tuple[bool, bytes]:
-    """Whether the folder has files, and the content of config.json, if it is there."""
+    """Whether the folder has files, and the content of its config.json (b"": none)."""
     config = folder / "config.json"
     return any(folder.glob("[!.]*")), config.read_bytes() if config.exists() else b""
 
 
 def new_folder(script: str) -> Path:
-    """Make a folder of a name that no other run has, however many begin in the same second."""
+    """Make the run's own folder, even if other runs start in the same second."""
     parent = Path("runs")
     parent.mkdir(exist_ok=True)
     name = time.strftime(f"{script}-%Y%m%dT%H%M%SZ", time.gmtime())
@@ -2179,7 +2155,7 @@ def run_files(folder: Path, names: str) -> list[Path]:
 
 
 def needed_epochs(history: pd.DataFrame) -> list[int]:
-    """The epochs whose checkpoints a run needs: best, not validated yet, and last, at the end."""
+    """The epochs whose checkpoints a run needs: best, not yet validated, and last."""
     not_validated = history["epoch"][history["validation_seconds"].isna()]
     return sorted({best_epoch(history), *not_validated, len(history)})
 
@@ -2194,26 +2170,26 @@ def best_epoch(history: pd.DataFrame) -> int:
 
 
 def save_checkpoint(model: Any, path: Path) -> None:
-    """Write weights and state of the optimizer. Raises OSError where the disk has no room."""
+    """Write weights and optimizer state. Raises OSError if the disk is full."""
     variables = [*model.weights, *model.optimizer.variables]
     numbers = sum(math.prod(variable.shape) for variable in variables)
     with replacing(path) as partial:
-        # HDF5 can crash on a full disk, or at a limit. 4 bytes a number, and what HDF5 adds.
+        # HDF5 can crash on a full disk, so reserve 4 bytes a number and what HDF5 adds.
         partial.write_bytes(bytes(int(4.4 * numbers) + 2**20))
         model.save_weights(partial)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, renamed to `path` when the block ends well.
+    """A temporary path to write to, renamed to `path` when the block succeeds.
 
-    So no reader and no kill sees half a file.
+    So neither a reader nor a kill ever sees half a file.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
     except OSError as error:
-        error.filename = str(path)  # which a refused write does not name
+        error.filename = str(path)  # a refused write does not name it
         partial.unlink(missing_ok=True)
         raise
     with partial.open("rb") as file:
@@ -2231,7 +2207,7 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
     import matplotlib
     from matplotlib.figure import Figure  # pyplot would look for a display
 
-    matplotlib.rcdefaults()  # not the settings of the user's matplotlibrc
+    matplotlib.rcdefaults()  # ignore the user's matplotlibrc
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "labels"], ["auroc", "labels"]], width_ratios=[2, 3])
     best = best_epoch(history)
@@ -2264,15 +2240,15 @@ def peak_memory() -> int:
     status = Path("/proc/self/status")
     if not status.exists():  # macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Not ru_maxrss, which on Linux begins with the peak of the process that started this one.
+    # On Linux ru_maxrss starts at the peak of the process that started this one.
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
 def memory_limit() -> int:
-    """The memory that this process may use, in bytes: the machine's, or less in a container.
+    """The memory that this process may use, in bytes: the machine's, or its container's limit.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html; a container may see its group as the root.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html; a container may see its cgroup as the root.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     groups = Path("/proc/self/cgroup")
@@ -2288,7 +2264,7 @@ def memory_limit() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide the figures."""
+    """The versions of Python and of the packages that figures depend on."""
     packages = ("tensorflow", "keras", "numpy", "pillow", "boto3")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"python": sys.version.split()[0], **found}
@@ -2298,14 +2274,14 @@ def versions() -> dict[str, str]:
 
 
 class S3Copy:
-    """The copy of a run folder at s3://bucket/prefix. A file appears there whole, by one PUT.
+    """The copy of a run folder at s3://bucket/prefix. Each file is written whole, by one PUT.
 
-    config.json is the claim to the prefix. A new run puts it only where there is none, a resumed
-    one only over the one that it has read: S3 refuses the second of two. A run whose claim has
-    been replaced meanwhile ends.
+    config.json claims the prefix. A new run writes it only if there is none, a resumed run only
+    over the one that it has read: S3 refuses the second of two. A run whose claim has been
+    replaced ends.
     """
 
-    LAST = ("history.csv", "metrics.json")  # they speak of files that must be there before them
+    LAST = ("history.csv", "metrics.json")  # they refer to the files before them
 
     def __init__(self, credentials: dict[str, str], output: str) -> None:
         self._output = output
@@ -2315,13 +2291,13 @@ class S3Copy:
         self._client = s3_client(credentials)
         self._condition = {"IfNoneMatch": "*"}  # of the claim
         self._config = b""  # the claim
-        self._sent: dict[str, int] = {}  # when each file that S3 has was changed here, in ns
-        self._behind = ""  # why the copy is behind, if it is
+        self._sent: dict[str, int] = {}  # modification time, in ns, of each file's copy
+        self._behind = ""  # why the copy is behind; "": it is not
 
     def look(self) -> tuple[bool, bytes]:
-        """Whether the prefix has objects, and the content of config.json, if it is there.
+        """Whether the prefix has objects, and the content of its config.json (b"": none).
 
-        Raises UserError for keys that lack a right that the copy needs.
+        Raises UserError if the keys lack a right that the copy needs.
         """
         with self._errors():
             self._client.put_object(**self._key(".probe"), Body=b"")
@@ -2336,7 +2312,7 @@ class S3Copy:
             return True, config["Body"].read()
 
     def claim(self, config: str) -> None:
-        """Put config.json. Raises UserError where another run has done so since `look`."""
+        """Put config.json. Raises UserError if another run has put one since `look`."""
         self._config = config.encode()
         key = self._key("config.json")
         with self._errors():
@@ -2346,7 +2322,7 @@ class S3Copy:
                 taken = ("PreconditionFailed", "ConditionalRequestConflict")
                 if error.response["Error"].get("Code") not in taken:
                     raise
-            # S3 also refuses a PUT that botocore repeats, as the answer to the first was lost.
+            # S3 also refuses botocore's retry of a PUT that succeeded but got no answer.
             self._check_claim()
 
     def _check_claim(self) -> None:
@@ -2354,7 +2330,7 @@ class S3Copy:
             raise TakenError(f"another run has taken {self._output}: use another --output")
 
     def download(self, folder: Path) -> None:
-        """Fetch into `folder` what a resumed run needs."""
+        """Fetch what a resumed run needs into `folder`."""
         with self._errors():
             for name in self._names():
                 if re.fullmatch(rf"{CHECKPOINT}|history\.csv", name):
@@ -2363,9 +2339,9 @@ class S3Copy:
                     self._sent[name] = (folder / name).stat().st_mtime_ns
 
     def update(self, folder: Path) -> None:
-        """Bring the copy to the state of `folder`. Where S3 stays away, say so once and go on.
+        """Bring the copy up to date with `folder`. If S3 fails, warn once and go on.
 
-        Raises TakenError where another run has resumed this one.
+        Raises TakenError if another run has resumed this one.
         """
         try:
             with self._errors():
@@ -2377,7 +2353,7 @@ class S3Copy:
         except UserError as error:
             if not self._behind:
                 print(f"warning: {error}; the run goes on in {folder}", file=sys.stderr, flush=True)
-                # Later epochs ask less patiently.
+                # Later epochs retry less.
                 self._client = s3_client(self._credentials, attempts=3)
             self._behind = str(error)
 
@@ -2393,7 +2369,7 @@ class S3Copy:
             del self._sent[name]
 
     def finish(self, folder: Path) -> None:
-        """A last update. Raises CopyError where S3 does not have all of the folder now."""
+        """Update once more. Raises CopyError if S3 still lacks part of the folder."""
         self.update(folder)
         if self._behind:
             state = f"{self._output} is behind {folder}, which has the whole run ({self._behind})"
@@ -2417,7 +2393,7 @@ class S3Copy:
 def read_credentials(path: str) -> dict[str, str]:
     """The boto3 client arguments in a yml file.
 
-    Raises UserError; no message repeats what the file holds.
+    Raises UserError, whose text never quotes the file.
     """
     try:
         text = Path(path).read_bytes()
@@ -2427,7 +2403,7 @@ def read_credentials(path: str) -> dict[str, str]:
         raise UserError(f"no {path}: {fix}") from None
     try:
         content = yaml.safe_load(text)
-    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise (KeyError)
+    except Exception:  # noqa: BLE001  PyYAML raises what its constructors raise
         content = None
     if not isinstance(content, dict):
         fix = "write it like credentials.example.yml"
@@ -2442,7 +2418,7 @@ def read_credentials(path: str) -> dict[str, str]:
             fix = "put your own AWS key in its place"
             raise UserError(f"{path} still has the example's {name}: {fix}")
     known = {"aws_access_key_id", secret, "aws_session_token", "region_name", "endpoint_url"}
-    names = "only credentials.example.yml's names, each with a text (in quotes if digits)"
+    names = "only credentials.example.yml's names, each with a string (quoted if it is digits)"
     for name, text in content.items():
         is_text = isinstance(text, str) and text.isascii() and text.isprintable()
         if name not in known or not is_text:
@@ -2454,7 +2430,7 @@ def read_credentials(path: str) -> dict[str, str]:
 
 
 def connect(credentials: dict[str, str], arguments: argparse.Namespace) -> Any:
-    """A client for the bucket, after one call that fails at once where a long run would fail."""
+    """A client for the bucket, after one request that fails early if the run would fail."""
     bucket = arguments.bucket
     with s3_errors(bucket):
         impatient = s3_client(credentials, attempts=3)
@@ -2464,7 +2440,7 @@ def connect(credentials: dict[str, str], arguments: argparse.Namespace) -> Any:
 
 def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
     """A boto3 S3 client. Threads may share it, processes may not."""
-    # An S3-compatible store seldom has a host name for each bucket.
+    # An S3-compatible store rarely has a host name for each bucket.
     style = {"addressing_style": "path"} if "endpoint_url" in credentials else {}
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
@@ -2478,17 +2454,17 @@ def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
 
 
 def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
-    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key."""
+    """The objects below `prefix`, sorted by key: S3's Key, ETag and so on of each."""
     pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
-    if "IsTruncated" not in pages[0]:  # botocore takes a web page for an empty list
+    if "IsTruncated" not in pages[0]:  # botocore reads any web page as an empty list
         raise UserError(NO_S3.format(key="the list of objects", bucket=bucket))
     return [entry for page in pages for entry in page.get("Contents", [])]
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
-    """A whole object.
+    """Fetch a whole object.
 
-    botocore repeats a request that fails, but not one whose body breaks off: this does.
+    botocore retries a request that fails, but not one whose body breaks off: this does.
     """
     try:
         return client.get_object(Bucket=bucket, Key=key)["Body"].read()
@@ -2512,12 +2488,13 @@ REGION = "bucket {bucket} is in another region: set region_name in the credentia
 S3_ERRORS = {
     "NoSuchBucket": "there is no bucket {bucket}: check {option}",
     "NoSuchKey": "there is no {key} in bucket {bucket}: check --labels and --test-list",
-    "AccessDenied": "no right to {key} in bucket {bucket}: s3:ListBucket and s3:GetObject are "
-    "needed, below --output s3:PutObject and s3:DeleteObject too, kms:Decrypt for encrypted objects",
+    "AccessDenied": "no right to {key} in bucket {bucket}: the keys need s3:ListBucket and "
+    "s3:GetObject, for --output also s3:PutObject and s3:DeleteObject, for encrypted objects "
+    "kms:Decrypt",
     "InvalidObjectState": "{key} in bucket {bucket} is archived: restore it (aws s3api "
     "restore-object)",
     "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
-    "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: "
+    "SignatureDoesNotMatch": "the aws_secret_key_id does not match the aws_access_key_id: "
     "check the credentials file",
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
     "ExpiredToken": EXPIRED,
@@ -2527,14 +2504,14 @@ S3_ERRORS = {
     "AuthorizationHeaderMalformed": REGION,
     "IncorrectEndpoint": REGION,
 }
-NO_S3 = "what answers for {key} in bucket {bucket} is not S3: check endpoint_url"
+NO_S3 = "the server that answers for {key} in bucket {bucket} is not S3: check endpoint_url"
 
 
 @contextlib.contextmanager
 def s3_errors(
     bucket: str, key: str = "the list of images", option: str = "--bucket"
 ) -> Iterator[None]:
-    """Turn what S3 and botocore raise into a UserError: `key` of `bucket`, which `option` names."""
+    """Turn what S3 and botocore raise into a UserError about `key` in the bucket of `option`."""
     names = {"bucket": bucket, "key": key, "option": option}
     try:
         yield
@@ -2542,17 +2519,18 @@ def s3_errors(
         said = error.response["Error"]
         code = said.get("Code") or ""
         names["key"] = said.get("Key", key)
-        # Without a code from S3, botocore gives the number of HTTP.
+        # Without a code from S3, botocore gives HTTP's status code.
         unknown = "S3 refuses {key} in bucket {bucket}" if code.strip("0123456789") else NO_S3
         problem = S3_ERRORS.get(code, unknown).format(**names)
         raise UserError(f"{problem} (the answer: {code}, {said.get('Message')})") from None
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
         fix = "check network, region_name and endpoint_url"
-        raise UserError(f"S3 is out of reach ({error}): {fix}") from None
+        raise UserError(f"S3 cannot be reached ({error}): {fix}") from None
     except (RecursionError, botocore.parsers.ResponseParserError):  # one redirect after another
         raise UserError(NO_S3.format(**names)) from None
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise UserError(f"S3 cannot be asked ({error}): check {option} and credentials") from None
+        fix = f"check {option} and the credentials file"
+        raise UserError(f"S3 cannot be asked ({error}): {fix}") from None
 
 
 # ==== command line, and errors as one line ====
@@ -2577,7 +2555,7 @@ def common_parser(manual: Optional[str], cache: Any = None) -> argparse.Argument
         ("image-size", "PX", number(int, 32, 1024), 128, "pixels a side"),
         ("weights", "W", str, "imagenet", "imagenet, none or path of a weights file"),
         ("epochs", "N", whole, 5, "passes over the training split"),
-        ("batch-size", "N", whole, 32, "images a training step"),
+        ("batch-size", "N", whole, 32, "images per training step"),
         ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "of Adam"),
         ("seed", "N", number(int, 0, 2**32 - 1), 0, "of split and training"),
         ("cache", "DIR", cache or local_folder, "cache/", "decoded pixels, reused by later runs"),
@@ -2621,16 +2599,16 @@ def run_location(text: str) -> str:
 def local_folder(text: str, problem: str = "no folder of this machine") -> str:
     """An argparse type: a folder of this machine."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
-        # Taken for a folder, `hdfs:run` would be lost with the machine.
+        # As a local folder, `hdfs:run` would be lost with the machine.
         raise argparse.ArgumentTypeError(f"{text} is {problem}")
     return text
 
 
 def run_script(main: Callable[[], None]) -> int:
-    """Call `main`; the exit code.
+    """Call `main`; return the exit code.
 
-    What the user can fix is 2, or 3 where only the copy on S3 is incomplete, with one line on
-    stderr; Ctrl-C is 130.
+    2: the user can fix it. 3: only the copy on S3 is incomplete. Both print one line on stderr.
+    130: Ctrl-C.
     """
     keep_streams()
     script = Path(sys.argv[0]).name
@@ -2639,17 +2617,17 @@ def run_script(main: Callable[[], None]) -> int:
         main()
         return 0
     except KeyboardInterrupt:
-        fix = "the same options with --resume and this run's --output go on"
+        fix = "repeat the command with --resume and this run's --output to continue"
         print(f"\n{script}: interrupted: {fix}", file=sys.stderr)
         return 130
     except UserError as error:
         problem = str(error)
         exit_code = error.exit_code
     except OSError as error:
-        # All that the system refuses is for the user to fix, but what only our own code can do.
+        # What the system refuses is for the user to fix, unless only a bug can cause it.
         if error.errno == errno.EBADF or isinstance(error, io.UnsupportedOperation):
             raise
-        # HDF5's own words for errno are several lines.
+        # HDF5's own text for errno takes several lines.
         words = os.strerror(error.errno) if error.errno else one_line(error)
         where = one_line(error.filename or "a file or folder of this run")
         problem = f"{where}: {words}: check that it is there, disk space, rights and limits"
@@ -2658,21 +2636,21 @@ def run_script(main: Callable[[], None]) -> int:
 
 
 def keep_streams() -> None:
-    """Have stdout and stderr take any text, whatever becomes of who reads them."""
-    # In place of a closed one: the next file would get its number, and what libraries print.
+    """Make stdout and stderr accept any text, even when their reader has gone."""
+    # Replace a closed one: the next file would get its number, and libraries' output.
     while (number_of_file := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number_of_file, True)
     os.close(number_of_file)
     for number_of_file, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # no one else has replaced it
+        if stream is getattr(sys, f"__{name}__"):  # nobody has replaced it
             buffer = io.BufferedWriter(Screen(number_of_file, "w", closefd=False))
             encoding = stream and stream.encoding
             setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", None, True))
 
 
 class Screen(io.FileIO):
-    """A file that drops what cannot be written: its reader has gone, or its disk is full."""
+    """A file that drops what it cannot write: its reader has gone, or the disk is full."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -2681,7 +2659,7 @@ class Screen(io.FileIO):
 
 
 class UserError(Exception):
-    """What the user can fix. Its text is one line that names the thing and the fix."""
+    """A problem that the user can fix: one line that names the thing and the fix."""
 
     exit_code = 2
 
@@ -2690,13 +2668,13 @@ class UserError(Exception):
 
 
 class CopyError(UserError):
-    """The run is whole in its local folder, its copy on S3 is not: neither bad input nor a bug."""
+    """The run folder is complete, but its copy on S3 is not."""
 
     exit_code = 3
 
 
 class TakenError(UserError):
-    """Another run has this run's place on S3."""
+    """Another run has taken this run's prefix on S3."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2705,7 +2683,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def one_line(error: object) -> str:
-    """The text of an error that may quote anything, such as a file name with control characters."""
+    """The text of an error as one printable line: it may quote control characters."""
     words = " ".join(str(error).split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 

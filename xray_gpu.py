@@ -493,12 +493,12 @@ LABELS = [
     "Pneumothorax",
 ]  # fmt: skip
 SPLITS = ["train", "validation", "test"]
-TRAIN_SHARE = 0.7  # of the patients; the test split is what these two leave
+TRAIN_SHARE = 0.7  # of the patients; the test split is the rest
 VALIDATION_SHARE = 0.1
 
 
 def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The images of the run, by name: columns image, patient, 15 labels, key, etag and split."""
+    """The run's images, by name: columns image, patient, the 15 labels, key, etag and split."""
     bucket, prefix = arguments.bucket, arguments.images
     where = f"in bucket {bucket} below '{prefix}'"
     with s3_errors(bucket):
@@ -537,9 +537,9 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def images_fix(client: Any, bucket: str) -> str:
-    """What to do about --images, from the folders of the PNGs among the bucket's first objects."""
+    """Advice on --images: the folders that hold PNGs, from the bucket's first page of objects."""
     page: dict[str, Any] = {}
-    with contextlib.suppress(botocore.exceptions.ClientError):  # not all keys may list all
+    with contextlib.suppress(botocore.exceptions.ClientError):  # some keys may list one prefix only
         page = client.list_objects_v2(Bucket=bucket)
     keys = (entry["Key"] for entry in page.get("Contents", []))
     folders = sorted({key[: key.rfind("/") + 1] for key in keys if key.lower().endswith(".png")})
@@ -549,12 +549,12 @@ def images_fix(client: Any, bucket: str) -> str:
 def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
     """Columns image, patient (8 digits) and the 15 labels (float32, 0 or 1) from NIH's CSV.
 
-    The version of 2017 or of 2020. Raises UserError that names the row for an unknown label, a
-    doubled image or a bad patient id.
+    Reads the 2017 and 2020 versions. Raises UserError, naming the row, for an unknown label, a
+    duplicate image or a bad patient id.
     """
     try:
-        # The header of 2017 has one name more than its rows have values: index_col=False keeps
-        # them aligned.
+        # The 2017 header has one more name than the rows have values; index_col=False keeps them
+        # aligned.
         how = {"dtype": str, "index_col": False, "keep_default_na": False}
         frame = pd.read_csv(io.StringIO(decode_text(csv)), **how)
     except ValueError as error:
@@ -577,7 +577,7 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
 
     codes = pd.Categorical(findings, categories=LABELS).codes
     refuse(findings, codes < 0, "is not one of ChestX-ray14's 15 labels")
-    refuse(image, image.duplicated().to_numpy(), "has a row already")
+    refuse(image, image.duplicated().to_numpy(), "already has a row")
     refuse(patient, ~patient.str.fullmatch("[0-9]+").to_numpy(bool), "is not a patient id")
     hot = np.zeros((len(frame), len(LABELS)), np.float32)
     hot[findings.index, codes] = 1
@@ -586,7 +586,7 @@ def parse_labels(csv: bytes, name: str) -> pd.DataFrame:
 
 
 def decode_text(data: bytes, errors: str = "strict") -> str:
-    """The text of a UTF-8 file, or of a UTF-16 one with the byte-order mark of Windows."""
+    """The text of a UTF-8 file, or of a UTF-16 file with Windows' byte-order mark."""
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if utf_16 else "utf-8-sig", errors)
 
@@ -596,9 +596,9 @@ def assign_splits(
 ) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
-    A patient's split depends on the seed and the patient id alone: no limit, new image or other
-    machine moves it. With `test_images` those are the test split, and the same hash divides the
-    other patients in the same proportion. Raises UserError where they divide a patient.
+    A patient's split depends only on the seed and the patient id: no limit, new image or other
+    machine changes it. With `test_images`, those are the test split, and the same hash splits the
+    other patients in the same proportion. Raises UserError if a patient is on both sides.
     """
     fractions = {patient: hash_fraction(seed, patient) for patient in table["patient"].unique()}
     fraction = table["patient"].map(fractions)
@@ -615,13 +615,13 @@ def assign_splits(
 
 
 def hash_fraction(*parts: Any) -> float:
-    """A number in [0, 1) that depends on `parts` alone, on every machine."""
+    """A number in [0, 1) determined by `parts`, the same on every machine."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def check_splits(table: pd.DataFrame, batch_size: int) -> None:
-    """Print the sizes. Raises UserError for an empty split or too few images to train on."""
+    """Print the splits' sizes. Raises UserError for an empty one or too few training images."""
     counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{sizes} images of {table['patient'].nunique():,} patients")
@@ -641,16 +641,16 @@ def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 # ==== pixels: from S3 to a small grey image ====
 
-FETCH_THREADS = 32  # of a process: a GET takes about 50 ms, an image 5 to 14 ms of a core
-# Of the images. Pillow knows more, and would hand an EPS that is named .png to Ghostscript.
+FETCH_THREADS = 32  # a process: a GET takes about 50 ms, decoding 5 to 14 ms of a core
+# Pillow reads other formats too, and would hand an EPS named .png to Ghostscript.
 FORMATS = ["PNG", "JPEG"]
 
 
 def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> Iterator[tuple]:
-    """(row, pixels (size, size) or None, why None) for each row of `keys`, as they arrive from many
-    requests at once.
+    """Fetch and decode images by many requests at once; yield them in order of arrival.
 
-    Raises UserError when S3 itself fails, which is not the image's fault.
+    `keys` has the key by row. Yields (row, uint8 pixels (size, size) or None, why None). Raises
+    UserError when S3 itself fails, which is not the image's fault.
     """
 
     def fetch_one(item: tuple[int, str], again: bool = True) -> tuple:
@@ -665,13 +665,11 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
             reason = "not an image"
         except Exception as error:  # noqa: BLE001  whatever Pillow raises, the run goes on
             reason = f"{type(error).__name__}: {one_line(error)}"
-        # The file may be whole, and what came cut short together with its Content-Length: then a
-        # second one differs.
+        # The object may be intact but this download truncated, with a Content-Length to match.
         return fetch_one(item, again=False) if again else (row, None, reason)
 
     items = iter(keys.items())
-    # Threads wait at a full queue: they share Python's lock with the caller, and would leave it
-    # further and further behind.
+    # Bounded: the threads share Python's lock with the caller, who would fall ever further behind.
     arrivals: queue.Queue = queue.Queue(FETCH_THREADS)
 
     def fetch_all() -> None:
@@ -699,12 +697,12 @@ def decode(data: bytes, size: int) -> np.ndarray:
     # Verifies a PNG's checksums, which decoding ignores.
     Image.open(io.BytesIO(data), formats=FORMATS).verify()
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    # Pillow takes five times that, and FETCH_THREADS are in memory.
+    # Pillow needs five times as many bytes, for each of FETCH_THREADS images.
     if image.width * image.height > 2**25:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") clips instead of scaling
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert("L") clips, not scales
         levels = np.asarray(image)
-        # Detectors give 10, 12 or 14 bits, and PNG has no place to say that they stand unscaled.
+        # Detectors give 10, 12 or 14 bits, often stored unscaled, and PNG cannot say so.
         bits = next(bits for bits in (8, 10, 12, 14, 16) if levels.max() < 2**bits)
         image = Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
     grey = image.convert("L")
@@ -720,14 +718,14 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
         raise UserError(f"{count}, {last}: replace them or raise --max-skipped {share}")
 
 
-# ==== the CNN, and how it is made faster ====
+# ==== the CNN, and its faster layers ====
 
 
 def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = False) -> Any:
     """MobileNet, compiled: uint8 (n, size, size, 1) to probabilities (n, 15).
 
     Howard et al., 2017, arXiv:1704.04861. The output bias starts at the log-odds of `labels`
-    (n, 15). Raises UserError where --weights cannot be loaded.
+    (n, 15). Raises UserError if --weights cannot be loaded.
     """
     import keras
 
@@ -750,9 +748,9 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # Keras' 0.99 leaves the statistics of the start in a run of under 500 steps. They are
-            # trained from ImageNet's weights too: with frozen ones nothing holds activations in
-            # place, and a learning rate of 8e-4 kills the network (docs/results.md).
+            # With Keras' 0.99 a run of under 500 steps is evaluated with its initial statistics.
+            # They are trained from ImageNet's weights too: with frozen statistics a learning rate
+            # of 8e-4 kills the network (docs/results.md).
             layer.momentum = 0.9
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
@@ -761,7 +759,7 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
     speed_up(backbone.layers)
     prevalence = (labels.sum(axis=0) + 1) / (len(labels) + 2)
     findings.bias.assign(np.log(prevalence / (1 - prevalence)))
-    # XLA is said outright: where there is a GPU, Keras would take it for a CPU too, and be 10
+    # Explicit: on a machine with a GPU, Keras' "auto" would use XLA for the CPU too, and be 10
     # times slower there.
     optimizer = keras.optimizers.Adam(arguments.learning_rate)
     model.compile(optimizer, "binary_crossentropy", jit_compile=xla)
@@ -769,12 +767,12 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
 
 
 def import_tensorflow() -> Any:
-    """The module tensorflow, with oneDNN's kernels, Keras' defaults and a silent import.
+    """Import TensorFlow silently, with oneDNN's kernels and Keras' default settings.
 
-    oneDNN is its default on few CPUs only. What it prints (libraries registered twice) helps
-    nobody but those who look for a CUDA library: TF_CPP_MIN_LOG_LEVEL=0 shows it.
+    oneDNN is the default on few CPUs. TF_CPP_MIN_LOG_LEVEL=0 shows what the import prints, which
+    helps to find a missing CUDA library.
     """
-    # Keras imports Matplotlib, which a backend of the user's that is missing would end.
+    # Keras imports Matplotlib, which fails if the user's backend is not installed.
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", KERAS_BACKEND="tensorflow", MPLBACKEND="agg")
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
     with contextlib.ExitStack() as stack:
@@ -787,10 +785,10 @@ def import_tensorflow() -> Any:
         try:
             import keras
             import tensorflow
-        except Exception as error:  # noqa: BLE001  whatever packages raise at import
+        except Exception as error:  # noqa: BLE001  packages raise anything at import
             fix = "check the installation, PYTHONOPTIMIZE, keras.json and matplotlibrc"
             raise UserError(f"TensorFlow or Keras cannot be imported ({error}): {fix}") from None
-    # Not those of the user's keras.json.
+    # Override the user's keras.json.
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
     keras.config.set_image_data_format("channels_last")
@@ -798,23 +796,23 @@ def import_tensorflow() -> Any:
 
 
 def speed_up(layers: list[Any]) -> None:
-    """Have the convolutions and batch normalisations of MobileNet compute the same faster.
+    """Make MobileNet's convolutions and batch normalisations faster, with the same results.
 
-    The figures below are images/s on a core of an AMD EPYC with 128 pixels and batches of 32. Only
-    the layers' `call` is replaced: config, weights and what is saved stay Keras' own. A convolution
-    of another kind than MobileNet's stays as it is.
+    The figures below are images/s on one core of an AMD EPYC, with 128 pixels and batches of 32.
+    Only each layer's `call` is replaced: config, weights and saved files stay Keras' own. Layers
+    that the fast functions do not cover are left alone.
     """
     import keras
 
     for norm in layers:
         if not isinstance(norm, keras.layers.BatchNormalization):
             continue
-        conv = norm.input._keras_history.operation  # the layer whose output it gets
+        conv = norm.input._keras_history.operation  # the layer before it
         if not is_plain(conv, norm):
             continue
         padding = conv.padding.upper()
         before = conv.input._keras_history.operation
-        if is_same_padding(before, conv):  # done by the convolution, it saves 2 % of a step
+        if is_same_padding(before, conv):  # padding in the convolution saves 2 % of a step
             before.call = lambda x: x
             padding = "SAME"
         conv.call = functools.partial(fast_convolution, conv, padding)
@@ -829,7 +827,7 @@ def is_plain(conv: Any, norm: Any) -> bool:
         isinstance(conv, (keras.layers.Conv2D, keras.layers.DepthwiseConv2D))
         and not conv.use_bias
         and set(conv.dilation_rate) == {1}
-        and getattr(conv, "groups", 1) == 1  # a depthwise one has none to set
+        and getattr(conv, "groups", 1) == 1  # a depthwise one has no `groups`
         and conv.activation.__name__ == "linear"
         and conv.data_format == "channels_last"
         and norm.scale
@@ -839,9 +837,9 @@ def is_plain(conv: Any, norm: Any) -> bool:
 
 
 def is_same_padding(layer: Any, conv: Any) -> bool:
-    """Whether `layer`, which stands before `conv`, pads as TensorFlow's SAME does by itself.
+    """Whether `layer`, before `conv`, pads exactly as TensorFlow's SAME would.
 
-    With an even side and strides of 2 that is a row below and a column to the right:
+    With even sides and strides of 2, SAME adds a row below and a column on the right:
     https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
     """
     import keras
@@ -858,8 +856,7 @@ def is_same_padding(layer: Any, conv: Any) -> bool:
 def fast_convolution(conv: Any, padding: str, x: Any) -> Any:
     """The convolution `conv` of x (n, h, w, c) with `padding`.
 
-    A 1x1 convolution is a matrix product, and faster where TensorFlow is told so (107 to 117
-    images/s).
+    A 1x1 convolution is a matrix product, and faster when written as one (107 to 117 images/s).
     """
     import keras
     import tensorflow as tf
@@ -877,7 +874,7 @@ def fast_batch_normalization(
 ) -> Any:
     """Batch normalisation by TensorFlow's fused kernel (76 to 107 images/s).
 
-    Keras 3 has a kernel for each of its steps.
+    Keras 3 runs a kernel for each of its steps.
     """
     import tensorflow as tf
 
@@ -887,7 +884,7 @@ def fast_batch_normalization(
         return fused(mean=norm.moving_mean, variance=norm.moving_variance, is_training=False).y
     result = fused(mean=tf.zeros(0), variance=tf.zeros(0), is_training=True)
     count = tf.cast(tf.size(x) / tf.shape(x)[-1], tf.float32)
-    # As Keras has it; the kernel gives the unbiased variance.
+    # Keras uses the biased variance; the kernel returns the unbiased one.
     biased = result.batch_variance * (count - 1) / count
     for statistic, value in ((norm.moving_mean, result.batch_mean), (norm.moving_variance, biased)):
         statistic.assign(statistic * norm.momentum + value * (1 - norm.momentum))
@@ -908,9 +905,9 @@ class Trainer(Protocol):
 
 
 def train_epochs(trainer: Trainer, run: "Run") -> None:
-    """Train and validate the epochs that `run.history` lacks; `run` keeps each one.
+    """Train and validate the epochs missing from `run.history`; `run` keeps each one.
 
-    Raises UserError where the loss is not finite.
+    Raises UserError if the loss is not finite.
     """
     labels = labels_by_split(run.table)
     first = len(run.history) + 1
@@ -942,10 +939,11 @@ def show(row: dict[str, float], screen: Optional[TextIO] = None) -> None:
 
 
 def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
-    """Whether the network has died, which is then said on stderr.
+    """Warn on stderr if the network has died; return whether it has.
 
-    It gives all images the same probabilities `scores` (n, 15), to 0.001, or its AUROC was 0.5 in
-    the last two epochs. The first epoch tells nothing: batch normalisation has just begun.
+    It has if its probabilities `scores` (n, 15) are the same for all images, to 0.001, or its AUROC
+    was 0.5 in the last two epochs. One epoch proves nothing: the statistics of batch normalisation
+    have barely moved.
     """
     last = aurocs.tail(2)
     blind = len(scores) > 1 and np.ptp(scores, axis=0).max() < 1e-3
@@ -966,7 +964,7 @@ def batches(
 ) -> Any:
     """A tf.data.Dataset of images, uint8 (b, size, size, 1), and labels, float32 (b, 15).
 
-    Over `rows` in their order; `flips` says of each image whether it is mirrored.
+    Takes `rows` in their order; `flips` (bool, by row) says which images to mirror.
     """
     import tensorflow as tf
 
@@ -984,7 +982,7 @@ def batches(
     data = tf.data.Dataset.from_generator(generate, output_signature=(image, label))
     steps = math.ceil(len(rows) / batch_size)
     options = tf.data.Options()
-    # There is nothing to tune, and its thread holds up the end of each epoch by 1 s.
+    # There is nothing to tune, and its thread delays the end of each epoch by 1 s.
     options.autotune.enabled = False
     # One machine.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
@@ -993,9 +991,10 @@ def batches(
 
 
 def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
-    """Which of the table's `count` images this epoch mirrors, as bool (count,); None: no --flip.
+    """Which of the table's `count` images to mirror in an epoch: bool (count,); None: no --flip.
 
-    From seed, epoch and row alone: a resumed run draws what an unbroken one draws, on every target.
+    Depends only on seed, epoch and row: a resumed run draws the same as an unbroken one, on every
+    target.
     """
     if not arguments.flip:
         return None
@@ -1005,7 +1004,7 @@ def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optiona
 def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """Mean binary cross-entropy and mean AUROC of probabilities (n, 15).
 
-    The AUROC is nan where no label has both classes.
+    The AUROC is nan if no label has both classes.
     """
     likelihood = np.where(labels == 1, scores, 1 - scores).clip(1e-7)
     return {
@@ -1015,10 +1014,10 @@ def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def evaluate(trainer: Trainer, run: "Run") -> pd.DataFrame:
-    """Write predictions.csv of the best epoch; the metrics of the test split.
+    """Write the best epoch's predictions.csv; return the metrics of the test split.
 
-    A row for each label and one for their mean, with positives, AUROC, low, high (the 95 %
-    interval) and threshold.
+    A row for each label and one for their mean: positives, AUROC, low and high (the 95 % interval),
+    threshold.
     """
     with run.timed("evaluate"):
         run.load_best()
@@ -1049,7 +1048,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     By the rank sum: Hanley and McNeil, 1982, doi:10.1148/radiology.143.1.7063747.
     """
     positives = labels.sum(axis=0, dtype=float)
-    # From 1.18 on scipy ranks float32 in float32, whose sums lose digits.
+    # From 1.18 on, scipy ranks float32 scores in float32, whose sums lose digits.
     ranks = scipy.stats.rankdata(scores, axis=0).astype(float)
     rank_sums = (ranks * labels).sum(axis=0)
     pairs = positives * (len(labels) - positives)
@@ -1060,7 +1059,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def bootstrap_auroc(
     labels: np.ndarray, scores: np.ndarray, patients: pd.Series, seed: int
 ) -> pd.DataFrame:
-    """AUROC (1000, 15) of resamples of patients: the images of one are not independent."""
+    """AUROC (1000, 15) of resampled patients, since a patient's images are not independent."""
     random = np.random.default_rng(seed)
     rows_by_patient = list(patients.groupby(patients.to_numpy()).indices.values())
     samples = []
@@ -1072,7 +1071,7 @@ def bootstrap_auroc(
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold of the largest Youden index (1950) of a label (n,); nan: it has one class."""
+    """The threshold with the largest Youden index (1950) for a label (n,); nan: one class."""
     if labels.min() == labels.max():
         return math.nan
     false_positive, true_positive, thresholds = sklearn.metrics.roc_curve(labels, scores)
@@ -1081,12 +1080,12 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
 
 # ==== the run: its folder, clock and result ====
 
-# What a resumed run must have in common with the one that began; each target adds its own.
+# Options that a resumed run must share with the original; each target adds its own.
 DECISIVE = (
     "bucket", "labels", "images", "test_list", "limit", "image_size", "weights", "batch_size",
     "learning_rate", "flip", "seed",
 )  # fmt: skip
-# The files of a run beside config.json. All else in its folder is the user's, and left alone.
+# A run's files, besides config.json. Anything else in its folder is the user's, and left alone.
 CHECKPOINT = r"checkpoint-[1-9][0-9]*\.weights\.h5"
 RUN_FILES = CHECKPOINT + (
     r"|(history|predictions|skipped)\.csv|metrics\.json|model\.keras|report\.png"
@@ -1096,9 +1095,8 @@ RUN_FILES = CHECKPOINT + (
 class Run:
     """A run from its options to its result: run folder, clock and history.
 
-    `path` is the run folder and `table` has the images, both from `open` on; `history` has a row
-    for each epoch. A run that fails before `open` leaves nothing. Raises UserError for an --output
-    that cannot be used.
+    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch.
+    A run that fails before `open` leaves nothing behind. Raises UserError for an unusable --output.
     """
 
     def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
@@ -1137,7 +1135,7 @@ class Run:
         self._seconds[phase] += time.perf_counter() - start
 
     def check(self, table: pd.DataFrame, target: dict[str, Any]) -> None:
-        """Raise UserError where a run to resume had other options, images or `target`."""
+        """Raise UserError if the run to resume had other options, images or `target`."""
         columns = table[["image", "etag", "split", *LABELS]]
         options = vars(self.arguments)
         self._config = {
@@ -1168,10 +1166,10 @@ class Run:
             raise UserError(f"{where} is of {kind}: use another --output")
 
     def open(self, table: pd.DataFrame, model: Any) -> None:
-        """Take the run folder, and load the last epoch of a resumed run into `model`.
+        """Take the run folder; load the last epoch of a resumed run into `model`.
 
-        Checkpoints are of `model`. Raises UserError where another run has the folder, or a file of
-        the resumed run is damaged.
+        Checkpoints hold `model`. Raises UserError if another run has the folder, or a file to
+        resume from is damaged.
         """
         self.table = table
         self._model = model
@@ -1189,7 +1187,7 @@ class Run:
         self._update_copy()
 
     def _take_folder(self) -> None:
-        """Make the folder where it is new, and hold its lock to the end of the process."""
+        """Make the folder if it is new, and lock it until the process ends."""
         if self._copy or not self.arguments.output:
             self.path = new_folder(self._script)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -1198,7 +1196,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fix = "use another --output"
-            raise UserError(f"another run is at work in {self.path}: {fix}") from None
+            raise UserError(f"another run is using {self.path}: {fix}") from None
         except OSError as error:  # a file system without locks
             raise OSError(error.errno, error.strerror, self._lock.name) from None
         self._check_empty(look(self.path)[0])
@@ -1223,46 +1221,44 @@ class Run:
         if last > epochs:
             raise UserError(f"{where} has {last} finished epochs: --epochs {epochs} is less")
         self._model.optimizer.build(self._model.trainable_variables)
-        for epoch in needed:  # one that cannot be read is better known now than after hours
+        for epoch in needed:  # an unreadable one should fail now, not hours later
             self.load(epoch)
         self._drop_checkpoints()
         print(f"continuing after epoch {last}")
 
     def keep(self, row: dict[str, Any]) -> None:
-        """Keep an epoch: a checkpoint of weights and optimizer, then its row of the history."""
+        """Keep an epoch: a checkpoint of weights and optimizer, then its row in the history."""
         save_checkpoint(self._model, self._checkpoint(row["epoch"]))
-        # Not by concat, which warns where a column has no number yet.
+        # Not concat, which warns about a column without a number so far.
         self.history = pd.DataFrame([*self.history.to_dict("records"), row])
         self._write_history()
 
     def amend(self, epoch: int, values: dict[str, float]) -> None:
-        """Change values in the row of an epoch that is kept."""
+        """Change values in the row of a kept epoch."""
         self.history.loc[self.history["epoch"] == epoch, list(values)] = list(values.values())
         self._write_history()
 
     def _write_history(self) -> None:
-        # Checkpoints stay until history.csv no longer needs them: a kill between the two loses
-        # nothing.
+        # In this order a kill between the two loses nothing.
         write(self.path / "history.csv", self.history.to_csv(index=False))
         self._drop_checkpoints()
         self._update_copy()
 
     def load_best(self) -> None:
-        """Load the weights of the best epoch into the model, which has those of the last one."""
+        """Load the best epoch's weights into the model, which holds the last epoch's."""
         best = best_epoch(self.history)
         if best != len(self.history):
             self.load(best)
 
     def load(self, epoch: int) -> None:
-        """Load the checkpoint of an epoch. Raises UserError where it is missing or damaged."""
+        """Load the checkpoint of an epoch. Raises UserError if it is missing or damaged."""
         path = self._checkpoint(epoch)
         try:
             with warnings.catch_warnings():
-                # Keras only warns where the file has no state of the optimizer, and Adam would
-                # start anew.
+                # Keras only warns if the file lacks the optimizer's state: Adam would start anew.
                 warnings.filterwarnings("error", "Skipping")
                 self._model.load_weights(path)
-        # What HDF5 and Keras make of a damaged file.
+        # What HDF5 and Keras raise for a damaged file.
         except (OSError, ValueError, LookupError, RuntimeError, TypeError, UserWarning) as error:
             problem = f"damaged ({type(error).__name__})" if path.exists() else "missing"
             where = f"{path.name} in {self.arguments.output or self.path}"
@@ -1273,7 +1269,7 @@ class Run:
         return self.path / f"checkpoint-{epoch}.weights.h5"
 
     def _drop_checkpoints(self) -> None:
-        """Remove all checkpoints but those that the run needs."""
+        """Remove the checkpoints that the run no longer needs."""
         needed = {self._checkpoint(epoch) for epoch in needed_epochs(self.history)}
         for path in set(run_files(self.path, CHECKPOINT)) - needed:
             path.unlink()
@@ -1285,8 +1281,8 @@ class Run:
     def finish(self, report: pd.DataFrame, target: dict[str, Any], cached: int) -> None:
         """Write model.keras, metrics.json and report.png, and print the result.
 
-        `report` is evaluate's, `target` is what the result says of it, `cached` images came from
-        the cache. Raises CopyError where the copy on S3 is incomplete.
+        `report` comes from evaluate, `target` goes into the result, `cached` images came from the
+        cache. Raises CopyError if the copy on S3 is incomplete.
         """
         import keras
 
@@ -1303,7 +1299,7 @@ class Run:
         print(report.to_string(float_format="{:.3f}".format, na_rep="-"))
         print(f"run folder: {self.path}")
         best, last = best_epoch(self.history), len(self.history)
-        print(f"evaluated: epoch {best} of {last}, the one of the highest validation AUROC")
+        print(f"evaluated: epoch {best} of {last}, which had the highest validation AUROC")
         print(json.dumps(result), flush=True)
         if self._copy:
             self._copy.finish(self.path)
@@ -1312,7 +1308,7 @@ class Run:
         """The content of metrics.json."""
         images = self.table["split"].value_counts().reindex([*SPLITS, "skipped"], fill_value=0)
         history = self.history.set_index("epoch")
-        # An epoch that traced the graph counts only where there is no other.
+        # Epochs that traced the graph count only if there are no others.
         steady = history if history["traced"].all() else history[~history["traced"]]
         aurocs = history["validation_auroc"]
         best = best_epoch(self.history)
@@ -1352,20 +1348,20 @@ class Run:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where no file can be made in the folder, or in the one it will be made in."""
+    """Raise OSError if the folder, or the one it will be created in, is not writable."""
     folders = (path, *path.absolute().parents)
     there = next(folder for folder in folders if folder.exists() or folder.is_symlink())
     tempfile.TemporaryFile(dir=there).close()
 
 
 def look(folder: Path) -> tuple[bool, bytes]:
-    """Whether the folder has files, and the content of config.json, if it is there."""
+    """Whether the folder has files, and the content of its config.json (b"": none)."""
     config = folder / "config.json"
     return any(folder.glob("[!.]*")), config.read_bytes() if config.exists() else b""
 
 
 def new_folder(script: str) -> Path:
-    """Make a folder of a name that no other run has, however many begin in the same second."""
+    """Make the run's own folder, even if other runs start in the same second."""
     parent = Path("runs")
     parent.mkdir(exist_ok=True)
     name = time.strftime(f"{script}-%Y%m%dT%H%M%SZ", time.gmtime())
@@ -1383,7 +1379,7 @@ def run_files(folder: Path, names: str) -> list[Path]:
 
 
 def needed_epochs(history: pd.DataFrame) -> list[int]:
-    """The epochs whose checkpoints a run needs: best, not validated yet, and last, at the end."""
+    """The epochs whose checkpoints a run needs: best, not yet validated, and last."""
     not_validated = history["epoch"][history["validation_seconds"].isna()]
     return sorted({best_epoch(history), *not_validated, len(history)})
 
@@ -1398,26 +1394,26 @@ def best_epoch(history: pd.DataFrame) -> int:
 
 
 def save_checkpoint(model: Any, path: Path) -> None:
-    """Write weights and state of the optimizer. Raises OSError where the disk has no room."""
+    """Write weights and optimizer state. Raises OSError if the disk is full."""
     variables = [*model.weights, *model.optimizer.variables]
     numbers = sum(math.prod(variable.shape) for variable in variables)
     with replacing(path) as partial:
-        # HDF5 can crash on a full disk, or at a limit. 4 bytes a number, and what HDF5 adds.
+        # HDF5 can crash on a full disk, so reserve 4 bytes a number and what HDF5 adds.
         partial.write_bytes(bytes(int(4.4 * numbers) + 2**20))
         model.save_weights(partial)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, renamed to `path` when the block ends well.
+    """A temporary path to write to, renamed to `path` when the block succeeds.
 
-    So no reader and no kill sees half a file.
+    So neither a reader nor a kill ever sees half a file.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
     except OSError as error:
-        error.filename = str(path)  # which a refused write does not name
+        error.filename = str(path)  # a refused write does not name it
         partial.unlink(missing_ok=True)
         raise
     with partial.open("rb") as file:
@@ -1435,7 +1431,7 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
     import matplotlib
     from matplotlib.figure import Figure  # pyplot would look for a display
 
-    matplotlib.rcdefaults()  # not the settings of the user's matplotlibrc
+    matplotlib.rcdefaults()  # ignore the user's matplotlibrc
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "labels"], ["auroc", "labels"]], width_ratios=[2, 3])
     best = best_epoch(history)
@@ -1468,15 +1464,15 @@ def peak_memory() -> int:
     status = Path("/proc/self/status")
     if not status.exists():  # macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Not ru_maxrss, which on Linux begins with the peak of the process that started this one.
+    # On Linux ru_maxrss starts at the peak of the process that started this one.
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
 def memory_limit() -> int:
-    """The memory that this process may use, in bytes: the machine's, or less in a container.
+    """The memory that this process may use, in bytes: the machine's, or its container's limit.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html; a container may see its group as the root.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html; a container may see its cgroup as the root.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     groups = Path("/proc/self/cgroup")
@@ -1492,7 +1488,7 @@ def memory_limit() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide the figures."""
+    """The versions of Python and of the packages that figures depend on."""
     packages = ("tensorflow", "keras", "numpy", "pillow", "boto3")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"python": sys.version.split()[0], **found}
@@ -1502,14 +1498,14 @@ def versions() -> dict[str, str]:
 
 
 class S3Copy:
-    """The copy of a run folder at s3://bucket/prefix. A file appears there whole, by one PUT.
+    """The copy of a run folder at s3://bucket/prefix. Each file is written whole, by one PUT.
 
-    config.json is the claim to the prefix. A new run puts it only where there is none, a resumed
-    one only over the one that it has read: S3 refuses the second of two. A run whose claim has
-    been replaced meanwhile ends.
+    config.json claims the prefix. A new run writes it only if there is none, a resumed run only
+    over the one that it has read: S3 refuses the second of two. A run whose claim has been
+    replaced ends.
     """
 
-    LAST = ("history.csv", "metrics.json")  # they speak of files that must be there before them
+    LAST = ("history.csv", "metrics.json")  # they refer to the files before them
 
     def __init__(self, credentials: dict[str, str], output: str) -> None:
         self._output = output
@@ -1519,13 +1515,13 @@ class S3Copy:
         self._client = s3_client(credentials)
         self._condition = {"IfNoneMatch": "*"}  # of the claim
         self._config = b""  # the claim
-        self._sent: dict[str, int] = {}  # when each file that S3 has was changed here, in ns
-        self._behind = ""  # why the copy is behind, if it is
+        self._sent: dict[str, int] = {}  # modification time, in ns, of each file's copy
+        self._behind = ""  # why the copy is behind; "": it is not
 
     def look(self) -> tuple[bool, bytes]:
-        """Whether the prefix has objects, and the content of config.json, if it is there.
+        """Whether the prefix has objects, and the content of its config.json (b"": none).
 
-        Raises UserError for keys that lack a right that the copy needs.
+        Raises UserError if the keys lack a right that the copy needs.
         """
         with self._errors():
             self._client.put_object(**self._key(".probe"), Body=b"")
@@ -1540,7 +1536,7 @@ class S3Copy:
             return True, config["Body"].read()
 
     def claim(self, config: str) -> None:
-        """Put config.json. Raises UserError where another run has done so since `look`."""
+        """Put config.json. Raises UserError if another run has put one since `look`."""
         self._config = config.encode()
         key = self._key("config.json")
         with self._errors():
@@ -1550,7 +1546,7 @@ class S3Copy:
                 taken = ("PreconditionFailed", "ConditionalRequestConflict")
                 if error.response["Error"].get("Code") not in taken:
                     raise
-            # S3 also refuses a PUT that botocore repeats, as the answer to the first was lost.
+            # S3 also refuses botocore's retry of a PUT that succeeded but got no answer.
             self._check_claim()
 
     def _check_claim(self) -> None:
@@ -1558,7 +1554,7 @@ class S3Copy:
             raise TakenError(f"another run has taken {self._output}: use another --output")
 
     def download(self, folder: Path) -> None:
-        """Fetch into `folder` what a resumed run needs."""
+        """Fetch what a resumed run needs into `folder`."""
         with self._errors():
             for name in self._names():
                 if re.fullmatch(rf"{CHECKPOINT}|history\.csv", name):
@@ -1567,9 +1563,9 @@ class S3Copy:
                     self._sent[name] = (folder / name).stat().st_mtime_ns
 
     def update(self, folder: Path) -> None:
-        """Bring the copy to the state of `folder`. Where S3 stays away, say so once and go on.
+        """Bring the copy up to date with `folder`. If S3 fails, warn once and go on.
 
-        Raises TakenError where another run has resumed this one.
+        Raises TakenError if another run has resumed this one.
         """
         try:
             with self._errors():
@@ -1581,7 +1577,7 @@ class S3Copy:
         except UserError as error:
             if not self._behind:
                 print(f"warning: {error}; the run goes on in {folder}", file=sys.stderr, flush=True)
-                # Later epochs ask less patiently.
+                # Later epochs retry less.
                 self._client = s3_client(self._credentials, attempts=3)
             self._behind = str(error)
 
@@ -1597,7 +1593,7 @@ class S3Copy:
             del self._sent[name]
 
     def finish(self, folder: Path) -> None:
-        """A last update. Raises CopyError where S3 does not have all of the folder now."""
+        """Update once more. Raises CopyError if S3 still lacks part of the folder."""
         self.update(folder)
         if self._behind:
             state = f"{self._output} is behind {folder}, which has the whole run ({self._behind})"
@@ -1621,7 +1617,7 @@ class S3Copy:
 def read_credentials(path: str) -> dict[str, str]:
     """The boto3 client arguments in a yml file.
 
-    Raises UserError; no message repeats what the file holds.
+    Raises UserError, whose text never quotes the file.
     """
     try:
         text = Path(path).read_bytes()
@@ -1631,7 +1627,7 @@ def read_credentials(path: str) -> dict[str, str]:
         raise UserError(f"no {path}: {fix}") from None
     try:
         content = yaml.safe_load(text)
-    except Exception:  # noqa: BLE001  PyYAML lets through what its constructors raise (KeyError)
+    except Exception:  # noqa: BLE001  PyYAML raises what its constructors raise
         content = None
     if not isinstance(content, dict):
         fix = "write it like credentials.example.yml"
@@ -1646,7 +1642,7 @@ def read_credentials(path: str) -> dict[str, str]:
             fix = "put your own AWS key in its place"
             raise UserError(f"{path} still has the example's {name}: {fix}")
     known = {"aws_access_key_id", secret, "aws_session_token", "region_name", "endpoint_url"}
-    names = "only credentials.example.yml's names, each with a text (in quotes if digits)"
+    names = "only credentials.example.yml's names, each with a string (quoted if it is digits)"
     for name, text in content.items():
         is_text = isinstance(text, str) and text.isascii() and text.isprintable()
         if name not in known or not is_text:
@@ -1658,7 +1654,7 @@ def read_credentials(path: str) -> dict[str, str]:
 
 
 def connect(credentials: dict[str, str], arguments: argparse.Namespace) -> Any:
-    """A client for the bucket, after one call that fails at once where a long run would fail."""
+    """A client for the bucket, after one request that fails early if the run would fail."""
     bucket = arguments.bucket
     with s3_errors(bucket):
         impatient = s3_client(credentials, attempts=3)
@@ -1668,7 +1664,7 @@ def connect(credentials: dict[str, str], arguments: argparse.Namespace) -> Any:
 
 def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
     """A boto3 S3 client. Threads may share it, processes may not."""
-    # An S3-compatible store seldom has a host name for each bucket.
+    # An S3-compatible store rarely has a host name for each bucket.
     style = {"addressing_style": "path"} if "endpoint_url" in credentials else {}
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
@@ -1682,17 +1678,17 @@ def s3_client(credentials: dict[str, str], attempts: int = 10) -> Any:
 
 
 def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
-    """What the bucket holds below `prefix`: S3's Key, ETag and so on of each object, by key."""
+    """The objects below `prefix`, sorted by key: S3's Key, ETag and so on of each."""
     pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
-    if "IsTruncated" not in pages[0]:  # botocore takes a web page for an empty list
+    if "IsTruncated" not in pages[0]:  # botocore reads any web page as an empty list
         raise UserError(NO_S3.format(key="the list of objects", bucket=bucket))
     return [entry for page in pages for entry in page.get("Contents", [])]
 
 
 def fetch(client: Any, bucket: str, key: str, attempts: int = 5) -> bytes:
-    """A whole object.
+    """Fetch a whole object.
 
-    botocore repeats a request that fails, but not one whose body breaks off: this does.
+    botocore retries a request that fails, but not one whose body breaks off: this does.
     """
     try:
         return client.get_object(Bucket=bucket, Key=key)["Body"].read()
@@ -1716,12 +1712,13 @@ REGION = "bucket {bucket} is in another region: set region_name in the credentia
 S3_ERRORS = {
     "NoSuchBucket": "there is no bucket {bucket}: check {option}",
     "NoSuchKey": "there is no {key} in bucket {bucket}: check --labels and --test-list",
-    "AccessDenied": "no right to {key} in bucket {bucket}: s3:ListBucket and s3:GetObject are "
-    "needed, below --output s3:PutObject and s3:DeleteObject too, kms:Decrypt for encrypted objects",
+    "AccessDenied": "no right to {key} in bucket {bucket}: the keys need s3:ListBucket and "
+    "s3:GetObject, for --output also s3:PutObject and s3:DeleteObject, for encrypted objects "
+    "kms:Decrypt",
     "InvalidObjectState": "{key} in bucket {bucket} is archived: restore it (aws s3api "
     "restore-object)",
     "InvalidAccessKeyId": "S3 does not know the aws_access_key_id: check the credentials file",
-    "SignatureDoesNotMatch": "the aws_secret_key_id is not the key id's: "
+    "SignatureDoesNotMatch": "the aws_secret_key_id does not match the aws_access_key_id: "
     "check the credentials file",
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
     "ExpiredToken": EXPIRED,
@@ -1731,14 +1728,14 @@ S3_ERRORS = {
     "AuthorizationHeaderMalformed": REGION,
     "IncorrectEndpoint": REGION,
 }
-NO_S3 = "what answers for {key} in bucket {bucket} is not S3: check endpoint_url"
+NO_S3 = "the server that answers for {key} in bucket {bucket} is not S3: check endpoint_url"
 
 
 @contextlib.contextmanager
 def s3_errors(
     bucket: str, key: str = "the list of images", option: str = "--bucket"
 ) -> Iterator[None]:
-    """Turn what S3 and botocore raise into a UserError: `key` of `bucket`, which `option` names."""
+    """Turn what S3 and botocore raise into a UserError about `key` in the bucket of `option`."""
     names = {"bucket": bucket, "key": key, "option": option}
     try:
         yield
@@ -1746,17 +1743,18 @@ def s3_errors(
         said = error.response["Error"]
         code = said.get("Code") or ""
         names["key"] = said.get("Key", key)
-        # Without a code from S3, botocore gives the number of HTTP.
+        # Without a code from S3, botocore gives HTTP's status code.
         unknown = "S3 refuses {key} in bucket {bucket}" if code.strip("0123456789") else NO_S3
         problem = S3_ERRORS.get(code, unknown).format(**names)
         raise UserError(f"{problem} (the answer: {code}, {said.get('Message')})") from None
     except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as error:
         fix = "check network, region_name and endpoint_url"
-        raise UserError(f"S3 is out of reach ({error}): {fix}") from None
+        raise UserError(f"S3 cannot be reached ({error}): {fix}") from None
     except (RecursionError, botocore.parsers.ResponseParserError):  # one redirect after another
         raise UserError(NO_S3.format(**names)) from None
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise UserError(f"S3 cannot be asked ({error}): check {option} and credentials") from None
+        fix = f"check {option} and the credentials file"
+        raise UserError(f"S3 cannot be asked ({error}): {fix}") from None
 
 
 # ==== command line, and errors as one line ====
@@ -1781,7 +1779,7 @@ def common_parser(manual: Optional[str], cache: Any = None) -> argparse.Argument
         ("image-size", "PX", number(int, 32, 1024), 128, "pixels a side"),
         ("weights", "W", str, "imagenet", "imagenet, none or path of a weights file"),
         ("epochs", "N", whole, 5, "passes over the training split"),
-        ("batch-size", "N", whole, 32, "images a training step"),
+        ("batch-size", "N", whole, 32, "images per training step"),
         ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "of Adam"),
         ("seed", "N", number(int, 0, 2**32 - 1), 0, "of split and training"),
         ("cache", "DIR", cache or local_folder, "cache/", "decoded pixels, reused by later runs"),
@@ -1825,16 +1823,16 @@ def run_location(text: str) -> str:
 def local_folder(text: str, problem: str = "no folder of this machine") -> str:
     """An argparse type: a folder of this machine."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
-        # Taken for a folder, `hdfs:run` would be lost with the machine.
+        # As a local folder, `hdfs:run` would be lost with the machine.
         raise argparse.ArgumentTypeError(f"{text} is {problem}")
     return text
 
 
 def run_script(main: Callable[[], None]) -> int:
-    """Call `main`; the exit code.
+    """Call `main`; return the exit code.
 
-    What the user can fix is 2, or 3 where only the copy on S3 is incomplete, with one line on
-    stderr; Ctrl-C is 130.
+    2: the user can fix it. 3: only the copy on S3 is incomplete. Both print one line on stderr.
+    130: Ctrl-C.
     """
     keep_streams()
     script = Path(sys.argv[0]).name
@@ -1843,17 +1841,17 @@ def run_script(main: Callable[[], None]) -> int:
         main()
         return 0
     except KeyboardInterrupt:
-        fix = "the same options with --resume and this run's --output go on"
+        fix = "repeat the command with --resume and this run's --output to continue"
         print(f"\n{script}: interrupted: {fix}", file=sys.stderr)
         return 130
     except UserError as error:
         problem = str(error)
         exit_code = error.exit_code
     except OSError as error:
-        # All that the system refuses is for the user to fix, but what only our own code can do.
+        # What the system refuses is for the user to fix, unless only a bug can cause it.
         if error.errno == errno.EBADF or isinstance(error, io.UnsupportedOperation):
             raise
-        # HDF5's own words for errno are several lines.
+        # HDF5's own text for errno takes several lines.
         words = os.strerror(error.errno) if error.errno else one_line(error)
         where = one_line(error.filename or "a file or folder of this run")
         problem = f"{where}: {words}: check that it is there, disk space, rights and limits"
@@ -1862,21 +1860,21 @@ def run_script(main: Callable[[], None]) -> int:
 
 
 def keep_streams() -> None:
-    """Have stdout and stderr take any text, whatever becomes of who reads them."""
-    # In place of a closed one: the next file would get its number, and what libraries print.
+    """Make stdout and stderr accept any text, even when their reader has gone."""
+    # Replace a closed one: the next file would get its number, and libraries' output.
     while (number_of_file := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number_of_file, True)
     os.close(number_of_file)
     for number_of_file, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # no one else has replaced it
+        if stream is getattr(sys, f"__{name}__"):  # nobody has replaced it
             buffer = io.BufferedWriter(Screen(number_of_file, "w", closefd=False))
             encoding = stream and stream.encoding
             setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", None, True))
 
 
 class Screen(io.FileIO):
-    """A file that drops what cannot be written: its reader has gone, or its disk is full."""
+    """A file that drops what it cannot write: its reader has gone, or the disk is full."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -1885,7 +1883,7 @@ class Screen(io.FileIO):
 
 
 class UserError(Exception):
-    """What the user can fix. Its text is one line that names the thing and the fix."""
+    """A problem that the user can fix: one line that names the thing and the fix."""
 
     exit_code = 2
 
@@ -1894,13 +1892,13 @@ class UserError(Exception):
 
 
 class CopyError(UserError):
-    """The run is whole in its local folder, its copy on S3 is not: neither bad input nor a bug."""
+    """The run folder is complete, but its copy on S3 is not."""
 
     exit_code = 3
 
 
 class TakenError(UserError):
-    """Another run has this run's place on S3."""
+    """Another run has taken this run's prefix on S3."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1909,7 +1907,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def one_line(error: object) -> str:
-    """The text of an error that may quote anything, such as a file name with control characters."""
+    """The text of an error as one printable line: it may quote control characters."""
     words = " ".join(str(error).split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 

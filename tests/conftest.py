@@ -156,7 +156,7 @@ def fails(
         folder.mkdir(exist_ok=True)
         words = ["xray_tensorflow.py", "--credentials", credentials, "--batch-size", 8, *options]
         with monkeypatch.context() as patch:
-            patch.setattr(xray, "hold_to_cores", lambda threads: None)
+            patch.setattr(xray, "pin_to_cores", lambda threads: None)
             patch.setattr(sys, "argv", [str(word) for word in words])
             patch.chdir(folder)
             capsys.readouterr()

@@ -359,7 +359,7 @@ START = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import xray_tensorflow as xray
-xray.hold_to_cores(1)
+xray.pin_to_cores(1)
 keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
 start = time.perf_counter()
 ((pipe, process),) = xray.start_processes(keys, "any", [{}], 128).items()

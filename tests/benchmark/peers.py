@@ -446,7 +446,7 @@ def work(peer: Peer, pipe: Connection) -> None:
     import xray_tensorflow as xray
 
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
-    xray.hold_to_cores(peer.arguments.threads)
+    xray.pin_to_cores(peer.arguments.threads)
     call = peer.prepare(peer.arguments, peer.images)
     call()  # traces, allocates, connects
     pipe.send("ready")
@@ -485,7 +485,7 @@ def measure_once(peer: Callable, arguments: Namespace) -> Any:
 def hold(threads: int) -> None:
     import xray_tensorflow as xray
 
-    xray.hold_to_cores(threads)
+    xray.pin_to_cores(threads)
 
 
 def take_turns(peers: dict[Any, Peer], rounds: int) -> dict[Any, list[Turn]]:

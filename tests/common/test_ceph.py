@@ -58,7 +58,7 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_wrong_secret(ceph: Path, tmp_path: Path, fails: Callable) -> None:
     wrong = edited(ceph, tmp_path, aws_secret_key_id="xraysecretkez")
     error = fails("--credentials", wrong)
-    assert "the aws_secret_key_id is not the key id's" in error
+    assert "the aws_secret_key_id does not match the aws_access_key_id" in error
     assert "xraysecretke" not in error
 
 

@@ -99,7 +99,7 @@ def test_of_runs_that_begin_at_once_one_has_the_folder() -> None:
         run._lock.close()
     assert endings.pop() == "opened"
     for text in endings:
-        assert re.search(r"another run is at work in .*a/b/mine: use another --output", text)
+        assert re.search(r"another run is using .*a/b/mine: use another --output", text)
 
 
 def test_a_run_that_ended_meanwhile_keeps_its_folder() -> None:

@@ -240,7 +240,7 @@ def test_unreachable(
         endpoint = f"http://127.0.0.1:{bound.getsockname()[1]}"
         client = client_of(edited(credentials, tmp_path, endpoint_url=endpoint))
         error = select(client, monkeypatch, capsys)
-    assert "out of reach" in error
+    assert "cannot be reached" in error
     assert endpoint in error
 
 

@@ -295,8 +295,8 @@ def test_a_claim_whose_answer_was_lost_is_the_runs_own(place: Place) -> None:
 def test_a_key_without_a_right_is_known_at_the_start(place: Place, method: str) -> None:
     place.proxy.choose = denied(method)
     error = refused(place.copy())
-    assert f"no right to {place.output} in bucket {BUCKET}: s3:ListBucket" in error
-    assert "below --output s3:PutObject and s3:DeleteObject" in error
+    assert f"no right to {place.output} in bucket {BUCKET}: the keys need" in error
+    assert "for --output also s3:PutObject and s3:DeleteObject" in error
 
 
 def test_s3_away_in_the_middle_and_back(place: Place, capsys: pytest.CaptureFixture) -> None:

@@ -299,7 +299,7 @@ def test_s3_that_is_away_for_an_epoch(
         ]
         ended = victim.run(options, tmp_path / "screen", folder=tmp_path)
     assert ended.code == 0, ended.stderr
-    assert ended.stderr.count("S3 is out of reach") == 1
+    assert ended.stderr.count("S3 cannot be reached") == 1
     copy = fetched_copy(runs_bucket, "away", tmp_path / "copy")
     assert check_whole(copy, unbroken.folder) == 2
     assert names(copy) == names(unbroken.folder)

@@ -32,7 +32,7 @@ import xray_tensorflow as xray
 
 def main():
     arguments = xray.common_parser("").parse_args()
-    xray.hold_to_cores(2)
+    xray.pin_to_cores(2)
     credentials = xray.read_credentials(arguments.credentials)
     table = xray.select_images(xray.s3_client(credentials), arguments)
     xray.WORTH_A_PROCESS = 100

@@ -78,9 +78,9 @@ def test_the_table_and_the_chart(
     monkeypatch.chdir(tmp_path)
     folders = [
         make("a", 240, SPARK),
-        make("b", 50, {"threads": 1, "held_to_cores": True}),
+        make("b", 50, {"threads": 1, "pinned_to_cores": True}),
         make("c", 1000, GPU),
-        make("d", 80, {"threads": 2, "held_to_cores": True}),
+        make("d", 80, {"threads": 2, "pinned_to_cores": True}),
     ]
     assert main([str(folder) for folder in folders]) == 0
     lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_is_refused(
     capsys: pytest.CaptureFixture,
 ) -> None:
     chart = tmp_path / "chart.png"
-    folders = [make("a", 50, {"threads": 1, "held_to_cores": True}), make("b", 90, GPU, **other)]
+    folders = [make("a", 50, {"threads": 1, "pinned_to_cores": True}), make("b", 90, GPU, **other)]
     assert main([*map(str, folders), "--chart", str(chart)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

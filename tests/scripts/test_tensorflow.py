@@ -75,7 +75,7 @@ def test_result_line(run: Any) -> None:
         "seconds", "validation_seconds", "epochs", "images_per_second", "best_epoch", "validation_auroc",
     ]  # fmt: skip
     assert result["train"]["epochs"] == 3
-    assert result["target"] == {"threads": 1, "held_to_cores": True}
+    assert result["target"] == {"threads": 1, "pinned_to_cores": True}
     assert list(result["thresholds"]) == list(result["auroc"]["per_label"]) == xray.LABELS
     phases = sum(result[name]["seconds"] for name in ("ingest", "setup", "train", "evaluate"))
     assert 0 < phases + result["train"]["validation_seconds"] < run.finished.wall
@@ -341,9 +341,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
     words = [*QUICK, "--credentials", credentials, "--epochs", 1, "--limit", 60]
     ended = run_process([sys.executable, "-c", program, SCRIPT, *words], cwd=tmp_path)
-    assert result_of(ended)["target"] == {"threads": 1, "held_to_cores": False}
+    assert result_of(ended)["target"] == {"threads": 1, "pinned_to_cores": False}
     (warning,) = (line for line in ended.stderr.splitlines() if line.startswith("warning:"))
-    assert "cannot hold a process to a core" in warning
+    assert "cannot pin a process to a core" in warning
 
 
 def test_more_threads_than_cores() -> None:

@@ -107,7 +107,7 @@ def live(options: list[str], screen: Path, die: Moment | None, folder: Path | No
     if folder:
         os.chdir(folder)
     xray.build_cnn = small_cnn
-    xray.hold_to_cores = lambda threads: None  # it would hold the others that fork from here too
+    xray.pin_to_cores = lambda threads: None  # it would hold the others that fork from here too
     kind, count = die or ("", 0)
     counter = itertools.count(1)
 

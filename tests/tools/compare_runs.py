@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     @property
     def sequential(self) -> bool:
-        return self.metrics["target"] == {"threads": 1, "held_to_cores": True}
+        return self.metrics["target"] == {"threads": 1, "pinned_to_cores": True}
 
     @property
     def target(self) -> str:
