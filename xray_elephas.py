@@ -30,8 +30,8 @@ slot trains a copy of the model on its share of the images, through Elephas:
   A lost executor ends the run, since a repeated task would add its changes twice; --resume continues
   from the last kept epoch, with Adam starting anew. The server requires a key that the run makes,
   but its traffic is not encrypted: use a private network.
-The learning rate is --learning-rate times the square root of the number of workers. Spark settings
-that you name override the script's, except for those in REQUIRED.
+The learning rate is the same for any number of workers. Spark settings that you name override the
+script's, except for those in REQUIRED.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -162,9 +162,6 @@ def main() -> None:
             run.check(table, {"mode": arguments.mode, "workers": arguments.workers})
             import_tensorflow()
             model = build_cnn(arguments, labels_by_split(table)["train"])
-            # The mean of N workers' steps has the noise of an N-fold batch, for which Adam's rate
-            # grows with the square root of N: Malladi et al., arXiv:2205.10287.
-            model.optimizer.learning_rate = arguments.learning_rate * arguments.workers**0.5
         with run.timed("ingest"):
             table, data, cached = ingest_on_executors(session, credentials, arguments, table, slots)
         run.open(table, model if arguments.mode == SYNCHRONOUS else weights_alone(model))
@@ -734,6 +731,9 @@ def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
 
 # ==== training with Elephas ====
 
+# Of each worker, for the statistics of batch normalisation: 2 workers of 32 a batch see 640 images.
+STATISTICS_BATCHES = 10
+
 
 def train_asynchronously(trainer: "SparkTrainer", run: "Run") -> None:
     """Train the epochs missing from `run.history` in one fit, then validate them.
@@ -813,7 +813,7 @@ class SparkTrainer:
         labels = context.broadcast(pickle.dumps(table[LABELS].to_numpy(np.float32)))
         self._job = Job(model.to_json(), task_cores(context), labels, len(self._train), arguments)
         self._elephas: Any = None
-        self._parameters: Optional[Broadcast] = None
+        self._parameters: Any = None  # a Broadcast
         self._dealt: Optional[tuple[RDD, AsyncResult]] = None
         self._background = ThreadPool(1)
 
@@ -824,15 +824,29 @@ class SparkTrainer:
         # Validation of the previous epoch has sent them.
         parameters = self._parameters or self._send()
         with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
-            self._elephas.fit(self._images(epoch), epoch=epoch, parameters=parameters)
-        parameters.destroy()  # the model has changed
+            images = self._images(epoch)
+            self._elephas.fit(images, epoch=epoch, parameters=parameters)
+        if self._arguments.workers > 1:
+            self._renew_statistics(images)
+        self._parameters.destroy()  # the model has changed
         self._parameters = None
         if epoch < self._arguments.epochs:
             # Meanwhile the driver prepares validation and keeps a checkpoint.
-            images = self._draw(epoch + 1)
-            self._dealt = images, self._background.apply_async(images.count)
+            next_images = self._draw(epoch + 1)
+            self._dealt = next_images, self._background.apply_async(next_images.count)
         histories = self._elephas.training_histories[-self._arguments.workers :]
         return np.mean([history["loss"][0] for history in histories])
+
+    def _renew_statistics(self, images: RDD) -> None:
+        """Give batch normalisation the statistics of the averaged weights.
+
+        The mean of the workers' own statistics does not fit them, and training alone is slow to
+        mend it: Izmailov et al., UAI 2018, arXiv:1803.05407, section 3.2.
+        """
+        job, parameters = self._job, self._send()
+        outcomes = images.mapPartitions(lambda items: statistics_of(items, job, parameters))
+        means = [np.mean(arrays, axis=0) for arrays in zip(*outcomes.collect())]
+        assign(self.model.non_trainable_weights, means)
 
     def fit_asynchronously(self, first: int, keep: Callable[["Snapshot"], None]) -> None:
         """Train the epochs from `first` on in one Elephas fit; no worker waits for another.
@@ -971,6 +985,33 @@ class Share:
             None if flips is None else flips[self._rows],
         )
         return model.fit(data, epochs=1, shuffle=False, verbose=0).history
+
+    def renew_statistics(self, model: Any) -> None:
+        """Set batch normalisation's statistics to their means over some of the share's batches."""
+        import keras
+
+        layers = model.get_layer("mobilenet").layers
+        norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+        momentum = norms[0].momentum
+        size = self._arguments.batch_size
+        random = np.random.default_rng([self._arguments.seed, TaskContext.get().partitionId()])
+        order = random.permutation(len(self._rows))
+        for batch in range(min(STATISTICS_BATCHES, len(order) // size)):
+            for norm in norms:
+                norm.momentum = batch / (batch + 1)  # of a mean: the first batch counts alone
+            chosen = order[batch * size : (batch + 1) * size]
+            model(self._pixels[chosen][..., np.newaxis], training=True)
+        for norm in norms:
+            norm.momentum = momentum
+
+
+def statistics_of(items: Iterator[tuple], job: Job, parameters: Broadcast) -> Iterator[list]:
+    """The statistics of batch normalisation on a worker's training images."""
+    share = Share(items, job)
+    model = kept_model(job)
+    assign(state_of(model), pickle.loads(parameters.value))
+    share.renew_statistics(model)
+    yield values_of(model.non_trainable_weights)
 
 
 def predict_partition(items: Iterator[tuple], job: Job, parameters: Broadcast) -> Iterator[tuple]:

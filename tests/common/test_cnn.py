@@ -166,6 +166,7 @@ def test_weights_of_a_file_are_the_start_and_all_of_them_are_trained(
         split=["train"] * 16 + ["validation"] * 8
     )
     trainer = xray.KerasTrainer(model, pixels, table, arguments)
+    model.run_eagerly = True  # for two steps tracing takes longest
     trainer.fit_epoch(1)
     moved = [
         not np.array_equal(mine, theirs)

@@ -52,6 +52,7 @@ def test_prefix_with_and_without_slash(credentials: Path, prefix: str) -> None:
     assert len(xray.select_images(client_of(credentials), parse("--images", prefix))) == 411
 
 
+@pytest.mark.slow
 def test_more_images_than_a_page_of_the_list(credentials: Path) -> None:
     names = [f"{patient:08}_000.png" for patient in range(1, 1102)]
     make_bucket(

@@ -111,6 +111,7 @@ def cached_pixels(cache: Path) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_with_one_request_in_twenty_faulty_has_all_images(
     credentials: Path, right: dict, tmp_path: Path
 ) -> None:

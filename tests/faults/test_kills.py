@@ -36,7 +36,7 @@ MOST = 30  # at least as many files and objects as an unbroken run changes
 EVENTS = range(1, MOST + 1)
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
-FAST = {("image", 137), ("batch", 60), ("byte", BYTES[4]), ("event", 12)}
+FAST = {("image", 137), ("event", 12)}
 MARKED = [
     pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS
 ]

@@ -160,6 +160,7 @@ def test_a_sheet_of_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureF
         assert f"run has no {name}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_tool_prints_nothing(run: Any, tmp_path: Path) -> None:
     """Not even what TensorFlow says at its start."""
     cache = run.folder.parent.parent / "cache"

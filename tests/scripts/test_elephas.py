@@ -40,6 +40,7 @@ from helpers import (
     edited,
     error_line,
     free_port,
+    parse,
     path_without_java,
     result_of,
     run_process,
@@ -1047,3 +1048,28 @@ def test_memory_counts_images_and_workers() -> None:
         xray.COPIES * 655, abs=5
     )
     assert overhead("--image-size", 256) > overhead()
+
+
+def test_statistics_are_the_means_of_a_workers_batches(
+    keras: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28 of 30 images in batches of 4; nothing but the statistics changes."""
+    arguments = parse("--weights", "none", "--image-size", 32, "--batch-size", 4)
+    arguments.workers = 1
+    task = types.SimpleNamespace(partitionId=lambda: 0)
+    monkeypatch.setattr(xray, "TaskContext", types.SimpleNamespace(get=lambda: task))
+    labels = types.SimpleNamespace(value=pickle.dumps(np.zeros((30, 15), np.float32)))
+    job = types.SimpleNamespace(labels=labels, images=30, arguments=arguments)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32), np.uint8)
+    model = xray.build_cnn(arguments, np.zeros((30, 15), np.float32))
+    trained = [variable.numpy() for variable in model.trainable_weights]
+    xray.Share(iter([(np.arange(30), pixels)]), job).renew_statistics(model)
+    layers = model.get_layer("mobilenet").layers
+    conv, norm = layers[1], layers[2]
+    chosen = np.random.default_rng([0, 0]).permutation(30)[:28]
+    maps = conv(np.repeat(pixels[chosen][..., None], 3, axis=-1) / 127.5 - 1)
+    expected = np.asarray(maps).mean(axis=(0, 1, 2))
+    assert norm.moving_mean.numpy() == pytest.approx(expected, abs=1e-5)
+    assert norm.momentum == 0.9
+    for before, variable in zip(trained, model.trainable_weights):
+        assert np.array_equal(before, variable.numpy())

@@ -331,8 +331,19 @@ def test_usage(fails: Callable, words: list) -> None:
     assert words[0] in fails(*words)
 
 
-def test_a_system_that_cannot_hold_a_process_to_a_core(credentials: Path, tmp_path: Path) -> None:
-    """macOS: one line of warning, and the result says so. Linux plays it without its system call."""
+def test_a_system_that_cannot_pin_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """macOS has neither system call."""
+    monkeypatch.delattr(os, "sched_setaffinity")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert not xray.pin_to_cores(1)
+    assert "cannot pin a process to a core" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_a_system_that_cannot_pin_processes(credentials: Path, tmp_path: Path) -> None:
+    """One line of warning, and the result says so."""
     program = """
 import os, runpy, sys
 del os.sched_setaffinity, os.sched_getaffinity
