@@ -1893,8 +1893,8 @@ class Run:
     """A run from its options to its result: run folder, clock and history.
 
     `path` is the run folder and `table` has the images, both from `open` on; `history` has a row
-    for each epoch. A run that fails before `open` leaves nothing. Raises UserError for an --output
-    that cannot be used.
+    for each epoch; `peak_memory_mb` is of devices. A run that fails before `open` leaves nothing.
+    Raises UserError for an --output that cannot be used.
     """
 
     def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
@@ -1902,6 +1902,7 @@ class Run:
         self.path = Path("runs")
         self.table = pd.DataFrame()
         self.history = pd.DataFrame()
+        self.peak_memory_mb: dict[str, int] = {}
         self._script = Path(sys.argv[0]).stem
         self._seconds: dict[str, float] = defaultdict(float)
         self._copy: Optional[S3Copy] = None
@@ -2141,7 +2142,7 @@ class Run:
                 "per_label": {label: or_none(report["AUROC"][label]) for label in LABELS},
             },
             "thresholds": {label: or_none(report["threshold"][label]) for label in LABELS},
-            "peak_memory_mb": {"driver": peak_memory() // 10**6},
+            "peak_memory_mb": {"driver": peak_memory() // 10**6, **self.peak_memory_mb},
             "target": target,
             "versions": versions(),
         }
