@@ -104,12 +104,12 @@ def main() -> None:
     run.check(table, {name: target[name] for name in ("precision", "replicas")})
     with run.timed("setup"), strategy.scope():
         model = build_cnn(arguments, labels_by_split(table)["train"], xla=target["xla"])
-        # Or the first step makes Adam's state, and is traced twice.
-        model.optimizer.build(model.trainable_variables)
     with run.timed("ingest"):
         table, pixels, cached = ingest(credentials, arguments, table)
     with strategy.scope():
         run.open(table, model)
+        if not model.optimizer.built:  # in its first step, which would be traced twice
+            model.optimizer.build(model.trainable_variables)
     with memory_errors(arguments.batch_size):
         with run.timed("setup"):
             batch_size = arguments.batch_size * target["replicas"]
