@@ -108,7 +108,7 @@ def main() -> None:
         table, pixels, cached = ingest(credentials, arguments, table)
     with strategy.scope():
         run.open(table, model)
-        if not model.optimizer.built:  # in its first step, which would be traced twice
+        if not model.optimizer.built:  # else the first step builds it, and is traced twice
             model.optimizer.build(model.trainable_variables)
     with memory_errors(arguments.batch_size):
         with run.timed("setup"):
@@ -243,9 +243,9 @@ def make_feed(
     prefetch = tf.data.experimental.prefetch_to_device(device, 2)
 
     def feed(rows: np.ndarray, flips: Optional[np.ndarray] = None) -> Any:
-        # XLA compiles half a minute for each size of a batch: the first of `rows` fill up the last
-        # one. So an epoch trains on each image, and twice on the first of its order. Images of
-        # weight zero would not do: batch normalisation counts them.
+        # XLA compiles for half a minute for each size of a batch, so all are full: an epoch ends
+        # with the images that its order began with. None is left out of an epoch so, and no batch
+        # is small; batch normalisation would count images of weight zero too.
         whole = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
         if on_gpu:
             return row_batches(whole, batch_size, flips)
@@ -280,32 +280,30 @@ def gather_in_steps(model: Any, pixels: np.ndarray, labels: np.ndarray) -> None:
     """Copy pixels and labels to the GPU, where steps of `model` gather what row_batches names."""
     import tensorflow as tf
 
-    # Variables: MirroredStrategy has them on each GPU.
-    all_images = tf.Variable(pixels[..., np.newaxis], trainable=False)
-    all_labels = tf.Variable(labels, trainable=False)
-
-    def gathering(step: Callable[[tuple], Any]) -> Callable[[tuple], Any]:
-        def gather(data: tuple) -> Any:
-            rows, flips = data
-            images = tf.gather(all_images, rows)
-            images = tf.where(flips[:, None, None, None] == 1, tf.reverse(images, [2]), images)
-            return step((images, tf.gather(all_labels, rows)))
-
-        return gather
-
-    # Under MirroredStrategy Keras would build the loss from what a step gets: rows.
+    # Under MirroredStrategy a variable is on each GPU.
+    data = [tf.Variable(each, trainable=False) for each in (pixels[..., np.newaxis], labels)]
+    # Else Keras, under MirroredStrategy, builds the loss from what a step gets: rows.
     model.compute_loss(y=labels[:1], y_pred=labels[:1])
-    model.train_step = gathering(model.train_step)
-    model.predict_step = gathering(model.predict_step)
+    model.train_step = functools.partial(step_on_rows, model.train_step, *data)
+    model.predict_step = functools.partial(step_on_rows, model.predict_step, *data)
+
+
+def step_on_rows(step: Callable[[tuple], Any], pixels: Any, labels: Any, data: Any) -> Any:
+    """A step of Keras on the images that `data` (b, 2) of row_batches names."""
+    import tensorflow as tf
+
+    rows, mirrored = tf.unstack(data, axis=1)
+    images = tf.gather(pixels, rows)
+    images = tf.where(mirrored[:, None, None, None] == 1, tf.reverse(images, [2]), images)
+    return step((images, tf.gather(labels, rows)))
 
 
 def row_batches(rows: np.ndarray, batch_size: int, flips: Optional[np.ndarray]) -> Any:
-    """A tf.data.Dataset of rows, int32 (b,), and whether each is mirrored, uint8 (b,)."""
+    """A tf.data.Dataset of int32 (b, 2): an image's row, and whether it is mirrored."""
     import tensorflow as tf
 
-    mirrored = np.zeros(len(rows)) if flips is None else flips[rows]
-    columns = rows.astype(np.int32), mirrored.astype(np.uint8)
-    steps = tuple(column.reshape(-1, batch_size) for column in columns)
+    mirrored = np.zeros_like(rows) if flips is None else flips[rows]
+    steps = np.stack([rows, mirrored], axis=1).astype(np.int32).reshape(-1, batch_size, 2)
     options = tf.data.Options()
     options.autotune.enabled = False  # as in batches()
     return tf.data.Dataset.from_tensor_slices(steps).with_options(options)
