@@ -1912,8 +1912,9 @@ RUN_FILES = CHECKPOINT + (
 class Run:
     """A run from its options to its result: run folder, clock and history.
 
-    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch.
-    A run that fails before `open` leaves nothing behind. Raises UserError for an unusable --output.
+    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch;
+    `peak_memory_mb` is by device. A run that fails before `open` leaves nothing behind. Raises
+    UserError for an unusable --output.
     """
 
     def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
@@ -1921,6 +1922,7 @@ class Run:
         self.path = Path("runs")
         self.table = pd.DataFrame()
         self.history = pd.DataFrame()
+        self.peak_memory_mb: dict[str, int] = {}
         self._script = Path(sys.argv[0]).stem
         self._seconds: dict[str, float] = defaultdict(float)
         self._copy: Optional[S3Copy] = None
@@ -2158,7 +2160,7 @@ class Run:
                 "per_label": {label: or_none(report["AUROC"][label]) for label in LABELS},
             },
             "thresholds": {label: or_none(report["threshold"][label]) for label in LABELS},
-            "peak_memory_mb": {"driver": peak_memory() // 10**6},
+            "peak_memory_mb": {"driver": peak_memory() // 10**6, **self.peak_memory_mb},
             "target": target,
             "versions": versions(),
         }

@@ -12,10 +12,10 @@ and `--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucke
 
 How it differs from xray_tensorflow.py, whose data, split, CNN, metrics and clock it shares (they
 come after what is special to this script): it takes every GPU that TensorFlow sees (several by
-MirroredStrategy, --batch-size images each), computes in mixed precision from compute capability 7.0
-on, compiles by XLA on one GPU, and stops where there is no GPU instead of training on the CPU.
-g3s.xlarge (Tesla M60, capability 5.2) needs `pip install "tensorflow[and-cuda]==2.16.2"`. Not yet
-measured on a GPU.
+MirroredStrategy, --batch-size images each), keeps the pixels there where they fit, computes in
+mixed precision from compute capability 7.0 on, compiles by XLA on one GPU, fills the last batch of
+an epoch up, and stops where there is no GPU instead of training on the CPU. g3s.xlarge (Tesla M60,
+capability 5.2) needs `pip install "tensorflow[and-cuda]==2.16.2"`. Not yet measured on several.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -60,6 +60,7 @@ import re
 import resource
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import threading
@@ -107,10 +108,18 @@ def main() -> None:
         table, pixels, cached = ingest(credentials, arguments, table)
     with strategy.scope():
         run.open(table, model)
-    keras_trainer = KerasTrainer(model, pixels, table, arguments, target["replicas"])
-    trainer = ReplicaTrainer(keras_trainer, strategy)
-    train_epochs(trainer, run)
-    report = evaluate(trainer, run)
+        if not model.optimizer.built:  # else the first step builds it, and is traced twice
+            model.optimizer.build(model.trainable_variables)
+    with memory_errors(arguments.batch_size):
+        with run.timed("setup"):
+            batch_size = arguments.batch_size * target["replicas"]
+            feed, target["pixels"] = make_feed(model, pixels, table, batch_size, strategy)
+        trainer = GpuTrainer(KerasTrainer(model, feed, table, arguments), strategy)
+        if target["xla"]:
+            print("the first step takes up to a minute: XLA compiles it for this GPU", flush=True)
+        train_epochs(trainer, run)
+        report = evaluate(trainer, run)
+    run.peak_memory_mb["gpu"] = peak_gpu_memory() // 10**6
     run.finish(report, target, cached)
 
 
@@ -120,6 +129,7 @@ def set_up_gpus(precision: str) -> tuple[Any, dict]:
     Raises UserError where no GPU can be used.
     """
     tf = import_tensorflow()
+    hide_log()
     import keras
 
     devices = tf.config.list_physical_devices("GPU")
@@ -182,18 +192,142 @@ def driver_version() -> Optional[str]:
     return next((word for word in words if word[0].isdigit()), None)
 
 
-class ReplicaTrainer:
-    """A KerasTrainer whose model is mirrored on the GPUs of `strategy`."""
+def hide_log() -> None:
+    """Keep what XLA and absl log from the terminal, unless TF_CPP_MIN_LOG_LEVEL is below 3.
+
+    absl has no setting for it. Its fatal errors stay, even at a crash: grep outlives it.
+    """
+    if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3":
+        return
+    screen = os.dup(2)
+    log = "^([IWE]0000 |WARNING: All log messages before absl)"
+    command = ["grep", "--line-buffered", "-vE", log]
+    # Ctrl-C does not reach another session.
+    grep: Any = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=screen, start_new_session=True
+    )
+    os.dup2(grep.stdin.fileno(), 2)
+    buffer = io.BufferedWriter(Screen(screen, "w"))
+    sys.stderr = io.TextIOWrapper(buffer, sys.stderr.encoding, "backslashreplace", None, True)
+
+
+@contextlib.contextmanager
+def memory_errors(batch_size: int) -> Iterator[None]:
+    """Turn TensorFlow's pages of text where a GPU's memory is exhausted into a UserError."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError:
+        problem = f"the GPU's memory is too small for --batch-size {batch_size}"
+        raise UserError(f"{problem}: use a smaller one") from None
+
+
+# Of a GPU's memory, for pixels: ChestX-ray14 has 1.8 GB at 128 pixels. A step needs the rest: 7 GB
+# for batches of 512 in mixed precision.
+PIXELS_SHARE = 0.25
+
+
+def make_feed(
+    model: Any, pixels: np.ndarray, table: pd.DataFrame, batch_size: int, strategy: Any
+) -> tuple[Callable[..., Any], str]:
+    """A KerasTrainer's feed, and where the pixels (n, size, size) are: on the "gpu" or "host"."""
+    import tensorflow as tf
+
+    labels = table[LABELS].to_numpy(np.float32)
+    on_gpu = pixels.nbytes < PIXELS_SHARE * gpu_memory()
+    if on_gpu:
+        with strategy.scope():
+            gather_in_steps(model, pixels, labels)
+    device = tf.config.list_logical_devices()[-1].name  # the CPU comes first
+    prefetch = tf.data.experimental.prefetch_to_device(device, 2)
+
+    def feed(rows: np.ndarray, flips: Optional[np.ndarray] = None) -> Any:
+        # XLA compiles for half a minute for each size of a batch, so all are full: an epoch ends
+        # with the images that its order began with. None is left out of an epoch so, and no batch
+        # is small; batch normalisation would count images of weight zero too.
+        whole = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
+        if on_gpu:
+            return row_batches(whole, batch_size, flips)
+        data = batches(pixels, labels, whole, batch_size, flips)
+        if strategy.num_replicas_in_sync > 1:  # which prefetches by itself
+            return data
+        ahead = data.apply(prefetch)
+        ahead.cardinality = data.cardinality  # lost, and Keras shows it
+        return ahead
+
+    return feed, "gpu" if on_gpu else "host"
+
+
+def gpu_memory() -> int:
+    """The bytes that TensorFlow may take of each GPU: what was free when it started."""
+    import tensorflow as tf
+
+    with tf.compat.v1.Session() as session:
+        devices = session.list_devices()
+    return min(each.memory_limit_bytes for each in devices if each.device_type == "GPU")
+
+
+def peak_gpu_memory() -> int:
+    """The most bytes that TensorFlow has taken of a GPU."""
+    import tensorflow as tf
+
+    names = [device.name for device in tf.config.list_logical_devices("GPU")]
+    return max(tf.config.experimental.get_memory_info(name)["peak"] for name in names)
+
+
+def gather_in_steps(model: Any, pixels: np.ndarray, labels: np.ndarray) -> None:
+    """Copy pixels and labels to the GPU, where steps of `model` gather what row_batches names."""
+    import tensorflow as tf
+
+    # Under MirroredStrategy a variable is on each GPU.
+    data = [tf.Variable(each, trainable=False) for each in (pixels[..., np.newaxis], labels)]
+    # Else Keras, under MirroredStrategy, builds the loss from what a step gets: rows.
+    model.compute_loss(y=labels[:1], y_pred=labels[:1])
+    model.train_step = functools.partial(step_on_rows, model.train_step, *data)
+    model.predict_step = functools.partial(step_on_rows, model.predict_step, *data)
+
+
+def step_on_rows(step: Callable[[tuple], Any], pixels: Any, labels: Any, data: Any) -> Any:
+    """A step of Keras on the images that `data` (b, 2) of row_batches names."""
+    import tensorflow as tf
+
+    rows, mirrored = tf.unstack(data, axis=1)
+    images = tf.gather(pixels, rows)
+    images = tf.where(mirrored[:, None, None, None] == 1, tf.reverse(images, [2]), images)
+    return step((images, tf.gather(labels, rows)))
+
+
+def row_batches(rows: np.ndarray, batch_size: int, flips: Optional[np.ndarray]) -> Any:
+    """A tf.data.Dataset of int32 (b, 2): an image's row, and whether it is mirrored."""
+    import tensorflow as tf
+
+    mirrored = np.zeros_like(rows) if flips is None else flips[rows]
+    steps = np.stack([rows, mirrored], axis=1).astype(np.int32).reshape(-1, batch_size, 2)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # as in batches()
+    return tf.data.Dataset.from_tensor_slices(steps).with_options(options)
+
+
+class GpuTrainer:
+    """A KerasTrainer of several steps an execution, its model mirrored on the GPUs of `strategy`."""
 
     def __init__(self, trainer: "KerasTrainer", strategy: Any) -> None:
-        self.predict = trainer.predict
         self._trainer = trainer
+        self._model = trainer.model
         self._strategy = strategy
 
     def fit_epoch(self, epoch: int) -> float:
+        # Several steps of a MirroredStrategy fail in Keras 3.15.
+        self._model.steps_per_execution = 32 if self._strategy.num_replicas_in_sync == 1 else 1
         loss = self._trainer.fit_epoch(epoch)
-        average_statistics(self._trainer.model, self._strategy)
+        average_statistics(self._model, self._strategy)
         return loss
+
+    def predict(self, split: str) -> np.ndarray:
+        # Of several, Keras would compile again for the steps that are left over.
+        self._model.steps_per_execution = 1
+        return self._trainer.predict(split)
 
 
 def average_statistics(model: Any, strategy: Any) -> None:
@@ -425,26 +559,24 @@ def check_ended(process: Any) -> None:
 
 
 class KerasTrainer:
-    """Trains and predicts with a compiled Keras model on pixels (n, size, size) in memory.
+    """Trains and predicts with a compiled Keras model.
 
-    `table` has a row for each image. A step takes --batch-size images for each of `replicas`.
+    `feed(rows, flips=None)` gives Keras the images of those rows of `table`, in batches; `flips`
+    says of each image of the table whether it is mirrored. It may add images at the end.
     """
 
     def __init__(
         self,
         model: Any,
-        pixels: np.ndarray,
+        feed: Callable[..., Any],
         table: pd.DataFrame,
         arguments: argparse.Namespace,
-        replicas: int = 1,
     ) -> None:
         self.model = model
-        self._pixels = pixels
-        self._labels = table[LABELS].to_numpy(np.float32)
+        self._feed = feed
+        self._images = len(table)
         self._rows = {split: np.flatnonzero(table["split"] == split) for split in SPLITS}
         self._arguments = arguments
-        self._replicas = replicas
-        self._batch_size = arguments.batch_size * replicas
 
     def fit_epoch(self, epoch: int) -> float:
         """Train one epoch; its mean loss."""
@@ -460,12 +592,10 @@ class KerasTrainer:
         # unbroken one draws.
         seeds = [self._arguments.seed, epoch]
         order = np.random.default_rng(seeds).permutation(self._rows["train"])
-        # A replica without an image in the last batch would get nan for its statistics.
-        order = order[: len(order) // self._replicas * self._replicas]
-        flips = draw_flips(self._arguments, epoch, len(self._labels))
+        flips = draw_flips(self._arguments, epoch, self._images)
         self.model.get_layer("dropout").seed_generator.state.assign(seeds)
         trained = self.model.fit(
-            batches(self._pixels, self._labels, order, self._batch_size, flips),
+            self._feed(order, flips=flips),
             callbacks=[OneEpoch()],
             shuffle=False,
             epochs=self._arguments.epochs,
@@ -477,10 +607,7 @@ class KerasTrainer:
     def predict(self, split: str) -> np.ndarray:
         """Probabilities (n, 15) of the images of a split, in the order of the table."""
         rows = self._rows[split]
-        # As in training, each replica needs an image of the last batch: the last one is repeated.
-        whole = np.pad(rows, (0, -len(rows) % self._replicas), mode="edge")
-        data = batches(self._pixels, self._labels, whole, self._batch_size)
-        return self.model.predict(data, verbose=0)[: len(rows)]
+        return self.model.predict(self._feed(rows), verbose=0)[: len(rows)]
 
 
 # ---- common to the scripts of one machine: end ----
@@ -1095,8 +1222,9 @@ RUN_FILES = CHECKPOINT + (
 class Run:
     """A run from its options to its result: run folder, clock and history.
 
-    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch.
-    A run that fails before `open` leaves nothing behind. Raises UserError for an unusable --output.
+    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch;
+    `peak_memory_mb` is by device. A run that fails before `open` leaves nothing behind. Raises
+    UserError for an unusable --output.
     """
 
     def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
@@ -1104,6 +1232,7 @@ class Run:
         self.path = Path("runs")
         self.table = pd.DataFrame()
         self.history = pd.DataFrame()
+        self.peak_memory_mb: dict[str, int] = {}
         self._script = Path(sys.argv[0]).stem
         self._seconds: dict[str, float] = defaultdict(float)
         self._copy: Optional[S3Copy] = None
@@ -1341,7 +1470,7 @@ class Run:
                 "per_label": {label: or_none(report["AUROC"][label]) for label in LABELS},
             },
             "thresholds": {label: or_none(report["threshold"][label]) for label in LABELS},
-            "peak_memory_mb": {"driver": peak_memory() // 10**6},
+            "peak_memory_mb": {"driver": peak_memory() // 10**6, **self.peak_memory_mb},
             "target": target,
             "versions": versions(),
         }

@@ -102,7 +102,9 @@ def main() -> None:
     with run.timed("ingest"):
         table, pixels, cached = ingest(credentials, arguments, table)
     run.open(table, model)
-    trainer = KerasTrainer(model, pixels, table, arguments)
+    labels = table[LABELS].to_numpy(np.float32)
+    feed = functools.partial(batches, pixels, labels, batch_size=arguments.batch_size)
+    trainer = KerasTrainer(model, feed, table, arguments)
     train_epochs(trainer, run)
     report = evaluate(trainer, run)
     run.finish(report, {"threads": arguments.threads, "pinned_to_cores": pinned}, cached)
@@ -350,26 +352,24 @@ def check_ended(process: Any) -> None:
 
 
 class KerasTrainer:
-    """Trains and predicts with a compiled Keras model on pixels (n, size, size) in memory.
+    """Trains and predicts with a compiled Keras model.
 
-    `table` has a row for each image. A step takes --batch-size images for each of `replicas`.
+    `feed(rows, flips=None)` gives Keras the images of those rows of `table`, in batches; `flips`
+    says of each image of the table whether it is mirrored. It may add images at the end.
     """
 
     def __init__(
         self,
         model: Any,
-        pixels: np.ndarray,
+        feed: Callable[..., Any],
         table: pd.DataFrame,
         arguments: argparse.Namespace,
-        replicas: int = 1,
     ) -> None:
         self.model = model
-        self._pixels = pixels
-        self._labels = table[LABELS].to_numpy(np.float32)
+        self._feed = feed
+        self._images = len(table)
         self._rows = {split: np.flatnonzero(table["split"] == split) for split in SPLITS}
         self._arguments = arguments
-        self._replicas = replicas
-        self._batch_size = arguments.batch_size * replicas
 
     def fit_epoch(self, epoch: int) -> float:
         """Train one epoch; its mean loss."""
@@ -385,12 +385,10 @@ class KerasTrainer:
         # unbroken one draws.
         seeds = [self._arguments.seed, epoch]
         order = np.random.default_rng(seeds).permutation(self._rows["train"])
-        # A replica without an image in the last batch would get nan for its statistics.
-        order = order[: len(order) // self._replicas * self._replicas]
-        flips = draw_flips(self._arguments, epoch, len(self._labels))
+        flips = draw_flips(self._arguments, epoch, self._images)
         self.model.get_layer("dropout").seed_generator.state.assign(seeds)
         trained = self.model.fit(
-            batches(self._pixels, self._labels, order, self._batch_size, flips),
+            self._feed(order, flips=flips),
             callbacks=[OneEpoch()],
             shuffle=False,
             epochs=self._arguments.epochs,
@@ -402,10 +400,7 @@ class KerasTrainer:
     def predict(self, split: str) -> np.ndarray:
         """Probabilities (n, 15) of the images of a split, in the order of the table."""
         rows = self._rows[split]
-        # As in training, each replica needs an image of the last batch: the last one is repeated.
-        whole = np.pad(rows, (0, -len(rows) % self._replicas), mode="edge")
-        data = batches(self._pixels, self._labels, whole, self._batch_size)
-        return self.model.predict(data, verbose=0)[: len(rows)]
+        return self.model.predict(self._feed(rows), verbose=0)[: len(rows)]
 
 
 # ---- common to the scripts of one machine: end ----
@@ -1020,8 +1015,9 @@ RUN_FILES = CHECKPOINT + (
 class Run:
     """A run from its options to its result: run folder, clock and history.
 
-    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch.
-    A run that fails before `open` leaves nothing behind. Raises UserError for an unusable --output.
+    `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch;
+    `peak_memory_mb` is by device. A run that fails before `open` leaves nothing behind. Raises
+    UserError for an unusable --output.
     """
 
     def __init__(self, arguments: argparse.Namespace, credentials: dict[str, str]) -> None:
@@ -1029,6 +1025,7 @@ class Run:
         self.path = Path("runs")
         self.table = pd.DataFrame()
         self.history = pd.DataFrame()
+        self.peak_memory_mb: dict[str, int] = {}
         self._script = Path(sys.argv[0]).stem
         self._seconds: dict[str, float] = defaultdict(float)
         self._copy: Optional[S3Copy] = None
@@ -1266,7 +1263,7 @@ class Run:
                 "per_label": {label: or_none(report["AUROC"][label]) for label in LABELS},
             },
             "thresholds": {label: or_none(report["threshold"][label]) for label in LABELS},
-            "peak_memory_mb": {"driver": peak_memory() // 10**6},
+            "peak_memory_mb": {"driver": peak_memory() // 10**6, **self.peak_memory_mb},
             "target": target,
             "versions": versions(),
         }

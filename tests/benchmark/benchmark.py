@@ -4,6 +4,7 @@ docs/results.md.
     pip install -r tests/benchmark/requirements.txt
     python tests/benchmark/benchmark.py                    everything, on two idle cores
     python tests/benchmark/benchmark.py steps pixels       these groups alone; the other tables stay as they are
+    python tests/benchmark/benchmark.py gpu                on a machine with a GPU, about 40 minutes; not in everything
 
 XRAY_WEIGHTS names a file of ImageNet's weights where Keras cannot download them.
 
@@ -35,6 +36,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+import gpu_peers
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -951,17 +953,91 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
+# ---- one GPU ----
+
+
+def ours_on_gpu(precision: str, xla: bool, host: bool) -> tuple[str, dict[str, Any]]:
+    """A name for xray_gpu.py so run, and what gpu_peers.ours needs."""
+    compiler, where = "XLA" if xla else "no XLA", "host" if host else "GPU"
+    name = f"xray_gpu.py, {precision}, {compiler}, pixels on the {where}"
+    return name, {"prepare": gpu_peers.ours, "precision": precision, "xla": xla, "host": host}
+
+
+GPU_BATCHES = (32, 128, 512)
+GPU_PEERS: dict[str, dict[str, Any]] = {
+    **dict(
+        ours_on_gpu(precision, xla, host)
+        for precision, xla in itertools.product(("mixed_float16", "float32"), (True, False))
+        for host in (False, True)
+    ),
+    **{
+        f"stock Keras, {precision}": {"prepare": gpu_peers.stock_keras, "precision": precision}
+        for precision in ("mixed_float16", "float32")
+    },
+    "PyTorch eager, bfloat16": {"prepare": gpu_peers.pytorch, "compiled": False},
+    "PyTorch `torch.compile` (CUDA graphs), bfloat16": {
+        "prepare": gpu_peers.pytorch,
+        "compiled": True,
+    },
+}
+
+
+def gpu() -> str:
+    """Training on one GPU: the CNN of 128 pixels from scratch, one program after the other."""
+    about = about_gpu()
+    # nvidia-smi counts by the bus, CUDA by speed unless told.
+    os.environ.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES="0")
+    tables = []
+    for batch_size in GPU_BATCHES:
+        rows = [(name, *gpu_figures(name, what, batch_size)) for name, what in GPU_PEERS.items()]
+        head = (
+            f"batches of {batch_size} | images a second | seconds of the first step | GPU busy | "
+            "peak memory on it, MB"
+        )
+        tables.append(table(head, rows))
+    kept = f"{about}. The best of three epochs of {gpu_peers.IMAGES:,} made-up images."
+    return "\n\n".join([*tables, kept])
+
+
+def about_gpu() -> str:
+    """Name, driver and memory of the first GPU. Exits with one line where there is none."""
+    if shutil.which("nvidia-smi"):
+        query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader", "--id=0"]
+        asked = subprocess.run(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
+        if not asked.returncode:
+            return asked.stdout.strip()
+    print("benchmark.py: error: gpu needs an NVIDIA GPU: check nvidia-smi", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def gpu_figures(name: str, what: dict[str, Any], batch_size: int) -> tuple[str, ...]:
+    """The cells of a row: images a second, seconds of the first step, percent busy, peak MB."""
+    if "PyTorch" in name and version_of("torch") == "not installed":
+        return "not measured: PyTorch is not installed", "", "", ""
+    options = ("--weights", "none", "--epochs", 1000, "--batch-size", batch_size)
+    arguments = arguments_of(*options, threads=len(os.sched_getaffinity(0)), **what)
+    found = peers.measure_once(gpu_peers.measure, arguments)
+    print(name, batch_size, found, flush=True)
+    if found is None:
+        return "out of memory", "", "", ""
+    speed, first, busy, peak = found
+    return f"{speed:,.0f}", f"{first:.1f}", f"{busy:.0f} %", f"{peak:,.0f}"
+
+
 GROUPS = {
     group.__name__: group
     for group in (steps, profile, cores, pixels, ingest, scripts, learning, growth)
 }
+ELSEWHERE = {"gpu": gpu}  # on a machine of its own
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="what to measure [all]")
+    parser.add_argument(
+        "groups", nargs="*", choices=[*GROUPS, *ELSEWHERE, []], help="what to measure [all]"
+    )
     chosen = parser.parse_args().groups
     if not chosen:
         put(RESULTS, "machine", measured_by(""))
@@ -969,7 +1045,7 @@ def main() -> None:
             put(RESULTS, group, "Not measured.")
     for group in chosen or GROUPS:
         start = time.perf_counter()
-        tables = GROUPS[group]()
+        tables = {**GROUPS, **ELSEWHERE}[group]()
         put(RESULTS, group, f"{tables}\n\n{measured_by(group)}" if chosen else tables)
         print(f"\n{tables}\n{group}: {time.perf_counter() - start:.0f} s\n", flush=True)
 

@@ -7,6 +7,7 @@ time.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import multiprocessing
@@ -65,7 +66,8 @@ def our_training(arguments: Namespace, images: int) -> Callable[[], Any]:
     xray.limit_tensorflow(arguments.threads)
     pixels, truth = made_up(arguments, images)
     table = pd.DataFrame(truth, columns=xray.LABELS).assign(split="train")
-    trainer = xray.KerasTrainer(xray.build_cnn(arguments, truth), pixels, table, arguments)
+    feed = functools.partial(xray.batches, pixels, truth, batch_size=arguments.batch_size)
+    trainer = xray.KerasTrainer(xray.build_cnn(arguments, truth), feed, table, arguments)
     epochs = itertools.count(1)
     return lambda: trainer.fit_epoch(next(epochs))
 

@@ -5,6 +5,7 @@ compute what Keras' own do.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -165,7 +166,8 @@ def test_weights_of_a_file_are_the_start_and_all_of_them_are_trained(
     table = pd.DataFrame(truth[:24], columns=xray.LABELS).assign(
         split=["train"] * 16 + ["validation"] * 8
     )
-    trainer = xray.KerasTrainer(model, pixels, table, arguments)
+    feed = functools.partial(xray.batches, pixels, truth, batch_size=arguments.batch_size)
+    trainer = xray.KerasTrainer(model, feed, table, arguments)
     model.run_eagerly = True  # for two steps tracing takes longest
     trainer.fit_epoch(1)
     moved = [

@@ -69,13 +69,13 @@ class TestBatches:
         rows = np.arange(40)
         assert np.array_equal(self.images(pixels, rows, None), pixels)
 
-    def test_training_alone_is_mirrored(
-        self, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_training_alone_is_mirrored(self) -> None:
         split = ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
         table = pd.DataFrame(0.0, range(40), xray.LABELS).assign(split=split)
-        asked: list[Any] = []
-        monkeypatch.setattr(xray, "batches", lambda *how: asked.append(how))
+        asked: list[tuple[np.ndarray, np.ndarray | None]] = []
+
+        def feed(rows: np.ndarray, flips: np.ndarray | None = None) -> None:
+            asked.append((rows, flips))
 
         class Model:
             def get_layer(self, name: str) -> Any:
@@ -93,15 +93,15 @@ class TestBatches:
                 return []
 
         arguments = parse("--flip", "--batch-size", 4)
-        trainer = xray.KerasTrainer(Model(), pixels, table, arguments)
+        trainer = xray.KerasTrainer(Model(), feed, table, arguments)
         trainer.fit_epoch(2)
         trainer.predict("validation")
         trainer.predict("test")
         training, *others = asked
-        assert set(training[2]) == set(range(20))
-        assert np.array_equal(training[4], draws(2, count=40))
-        assert [set(how[2]) for how in others] == [set(range(20, 30)), set(range(30, 40))]
-        assert all(len(how) == 4 for how in others)  # no flips
+        assert set(training[0]) == set(range(20))
+        assert np.array_equal(training[1], draws(2, count=40))
+        assert [set(rows) for rows, _ in others] == [set(range(20, 30)), set(range(30, 40))]
+        assert all(flips is None for _, flips in others)
 
 
 @pytest.mark.usefixtures("keras")

@@ -18,6 +18,7 @@ import xray_tensorflow as xray
 
 benchmark = pytest.importorskip("benchmark")
 peers = pytest.importorskip("peers")
+gpu_peers = pytest.importorskip("gpu_peers")
 
 
 def test_every_group_has_its_table() -> None:
@@ -210,4 +211,130 @@ def test_an_epoch_of_ours_and_of_a_peer_and_the_parts_of_a_step() -> None:
     trained = run_process(
         [sys.executable, "-c", TRAIN, ROOT, ROOT / "tests", ROOT / "tests" / "benchmark"]
     )
+    assert trained.code == 0, trained.stderr
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one folder of PATH."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def put_nvidia_smi(folder: Path, lines: str) -> None:
+    """An nvidia-smi that runs these lines of Python."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!{sys.executable}\n{lines}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize("driver", [False, True], ids=["no driver", "no GPU"])
+def test_without_a_gpu_its_group_is_one_line(
+    path: Path, driver: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if driver:
+        put_nvidia_smi(path, "raise SystemExit(6)")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu"])
+    before = (ROOT / "docs" / "results.md").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2
+    error = "benchmark.py: error: gpu needs an NVIDIA GPU: check nvidia-smi\n"
+    assert capsys.readouterr() == ("", error)
+    assert (ROOT / "docs" / "results.md").read_bytes() == before
+
+
+def test_the_tables_of_a_gpu(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nvidia_smi(path, "print('NVIDIA H200, 580.159.04, 143771 MiB')")
+    page = tmp_path / "results.md"
+    page.write_text((ROOT / "docs" / "results.md").read_text())
+    asked = []
+
+    def measure_once(peer: Any, arguments: Any) -> Any:
+        asked.append(arguments.batch_size)
+        if arguments.batch_size == 512:
+            return None
+        return gpu_peers.Figures(37739.4, 38.6, 79.2, 8851.4)
+
+    monkeypatch.setattr(benchmark.peers, "measure_once", measure_once)
+    monkeypatch.setattr(benchmark, "version_of", lambda package: "not installed")
+    monkeypatch.setattr(benchmark.os, "environ", dict(benchmark.os.environ))
+    monkeypatch.setattr(benchmark, "RESULTS", page)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu"])
+    benchmark.main()
+    text = page.read_text().split("<!-- gpu: begin -->")[1].split("<!-- gpu: end -->")[0]
+    ours = "| xray_gpu.py, mixed_float16, XLA, pixels on the GPU"
+    assert text.count(f"{ours} | 37,739 | 38.6 | 79 % | 8,851 |") == 2
+    assert f"{ours} | out of memory |  |  |  |" in text
+    assert text.count("not measured: PyTorch is not installed") == 6
+    assert "NVIDIA H200, 580.159.04, 143771 MiB. The best of three epochs" in text
+    assert sorted(set(asked)) == [32, 128, 512]
+    assert len(asked) == 3 * 10
+
+
+def test_a_gpu_is_watched_while_a_peer_trains(path: Path) -> None:
+    loop = "import time\nwhile True:\n    print(80, flush=True)\n    time.sleep(0.01)"
+    put_nvidia_smi(path, loop)
+    epochs = iter([0.5, 0.2, 0.1, 0.2])
+    wait = gpu_peers.time.sleep
+
+    def prepare(arguments: Any) -> Any:
+        return lambda: wait(next(epochs)), lambda: 7 * 10**6
+
+    found = gpu_peers.measure(gpu_peers.Namespace(prepare=prepare))
+    assert found.images_per_second == pytest.approx(gpu_peers.IMAGES / 0.1, rel=0.2)
+    assert found.first_step == pytest.approx(0.4, abs=0.1)
+    assert (found.busy, found.peak_mb) == (80, 7)
+
+
+@pytest.mark.parametrize(
+    ("problem", "is_memory"),
+    [
+        ("OOM when allocating tensor with shape[512,64]", True),
+        ("CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("Out of memory while trying to allocate 7 bytes", True),
+        ("no kernel", False),
+    ],
+)
+def test_only_too_little_memory_is_no_figure(problem: str, is_memory: bool) -> None:
+    def prepare(arguments: Any) -> Any:
+        raise RuntimeError(problem)
+
+    arguments = gpu_peers.Namespace(prepare=prepare)
+    if is_memory:
+        assert gpu_peers.measure(arguments) is None
+    else:
+        with pytest.raises(RuntimeError, match=problem):
+            gpu_peers.measure(arguments)
+
+
+TRAIN_AS_ON_A_GPU = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import benchmark, gpu_peers
+import xray_gpu
+
+def set_up(precision):
+    tf = xray_gpu.import_tensorflow()
+    return tf.distribute.get_strategy(), {}
+
+xray_gpu.set_up_gpus = set_up
+xray_gpu.gpu_memory = lambda: 10**9
+gpu_peers.IMAGES = 16
+options = ["--weights", "none", "--image-size", 32, "--batch-size", 8]
+for what in ({"xla": False, "host": False}, {"xla": False, "host": True}):
+    arguments = benchmark.arguments_of(*options, precision="float32", **what)
+    epoch, _ = gpu_peers.ours(arguments)
+    epoch()
+epoch, _ = gpu_peers.stock_keras(arguments)
+epoch()
+"""
+
+
+@pytest.mark.slow
+def test_an_epoch_of_what_trains_on_a_gpu() -> None:
+    folders = [ROOT, ROOT / "tests", ROOT / "tests" / "benchmark"]
+    trained = run_process([sys.executable, "-c", TRAIN_AS_ON_A_GPU, *folders])
     assert trained.code == 0, trained.stderr

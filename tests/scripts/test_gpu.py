@@ -8,8 +8,9 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -90,23 +91,41 @@ def test_the_lone_file_shows_its_manual(tmp_path: Path) -> None:
     assert 'pip install -r requirements.txt "tensorflow[and-cuda]"' in shown.stdout
 
 
-ON_TWO_CPUS = """
+# Its first words: the project, how many devices and how much memory they have.
+ON_CPUS = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import xray_gpu
 
-def set_up_two_cpus(precision):
+count, memory = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+def set_up_cpus(precision):
     tf = xray_gpu.import_tensorflow()
+    xray_gpu.hide_log()
     (cpu,) = tf.config.list_physical_devices("CPU")
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * count
+    )
     import keras
 
     keras.config.set_dtype_policy(precision)
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), {"replicas": 2, "xla": False, "precision": precision}
+    strategy = tf.distribute.get_strategy()
+    if count > 1:
+        strategy = tf.distribute.MirroredStrategy([f"CPU:{n}" for n in range(count)])
+    return strategy, {"replicas": count, "xla": False, "precision": precision}
 
-xray_gpu.set_up_gpus = set_up_two_cpus
+xray_gpu.set_up_gpus = set_up_cpus
+xray_gpu.gpu_memory = lambda: memory
+xray_gpu.peak_gpu_memory = lambda: 7 * 10**6
 sys.exit(xray_gpu.run_script(xray_gpu.main))
 """
+LARGE = 10**9  # bytes of memory, of which the sample takes a small share
+SMALL = 10**5
+
+
+def on_cpus(count: int, memory: int, program: str = ON_CPUS) -> list[Any]:
+    """The command, without options, of xray_gpu.py on so many CPU devices of so much memory."""
+    return [sys.executable, "-c", program, ROOT, count, memory]
 
 
 @pytest.mark.slow
@@ -119,22 +138,25 @@ def test_the_whole_script_on_two_devices_in_mixed_precision(
         *QUICK,
         *as_options(epochs="1", output="run", precision="mixed_float16"),
     ]
-    finished = run_process([sys.executable, "-c", ON_TWO_CPUS, ROOT, *options], cwd=tmp_path)
+    finished = run_process([*on_cpus(2, LARGE), *options], cwd=tmp_path)
     assert finished.code == 0, finished.stderr
     result = json.loads(finished.stdout.splitlines()[-1])
     assert result == json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert result["target"] == {"replicas": 2, "xla": False, "precision": "mixed_float16"}
+    target = {"replicas": 2, "xla": False, "precision": "mixed_float16", "pixels": "gpu"}
+    assert result["target"] == target
+    assert result["peak_memory_mb"]["gpu"] == 7
     assert result["images"] == {"train": 271, "validation": 48, "test": 91, "skipped": 1}
-    # --batch-size is a replica's: 271 images are 17 steps of twice 8.
+    # --batch-size is a replica's: 271 images fill 17 steps of twice 8 but for one.
     assert "17/17" in finished.stdout
-    resumed = run_process(
-        [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--resume"], cwd=tmp_path
-    )
+    resumed = run_process([*on_cpus(2, LARGE), *options, "--resume"], cwd=tmp_path)
     assert json.loads(resumed.stdout.splitlines()[-1])["auroc"] == result["auroc"], resumed.stderr
 
 
 @pytest.mark.slow
-def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [LARGE, SMALL])
+def test_a_last_batch_smaller_than_the_replicas(
+    credentials: Path, tmp_path: Path, memory: int
+) -> None:
     """271 images are 3 steps of twice 45, and one image: alone, it would leave a replica with nan
     for statistics.
 
@@ -146,11 +168,10 @@ def test_a_last_batch_smaller_than_the_replicas(credentials: Path, tmp_path: Pat
         *QUICK,
         *as_options(batch_size=45, epochs=1, output="run"),
     ]
-    finished = run_process(
-        [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options, "--precision", "float32"], cwd=tmp_path
-    )
+    finished = run_process([*on_cpus(2, memory), *options, "--precision", "float32"], cwd=tmp_path)
     result = result_of(finished)
     assert result["images"]["train"] == 271
+    assert result["target"]["pixels"] == ("gpu" if memory == LARGE else "host")
     (row,) = pd.read_csv(tmp_path / "run" / "history.csv").to_dict("records")
     assert all(math.isfinite(value) for value in row.values())
     assert result["train"]["validation_auroc"]["best"] == row["validation_auroc"]
@@ -167,25 +188,220 @@ def check_finite(name: str, weights: Any) -> None:
 @pytest.mark.slow
 def test_resume_on_other_devices_is_refused(credentials: Path, tmp_path: Path) -> None:
     options = ["--credentials", credentials, *QUICK, *as_options(limit=150, epochs=1, output="run")]
-    command = [sys.executable, "-c", ON_TWO_CPUS, ROOT, *options]
+    command = [*on_cpus(2, LARGE), *options]
     result_of(run_process([*command, "--precision", "float32"], cwd=tmp_path))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     config = json.loads(before["config.json"])
     assert config["target"] == {"precision": "float32", "replicas": 2}
     for had, program, changed in [
-        ("--precision float32", ON_TWO_CPUS, ["--precision", "mixed_float16"]),
+        ("--precision float32", ON_CPUS, ["--precision", "mixed_float16"]),
         (
             "replicas 2",
-            ON_TWO_CPUS.replace('"replicas": 2', '"replicas": 1'),
+            ON_CPUS.replace('"replicas": count', '"replicas": 1'),
             ["--precision", "float32"],
         ),
     ]:
-        again = run_process(
-            [sys.executable, "-c", program, ROOT, *options, "--resume", *changed], cwd=tmp_path
-        )
+        command = on_cpus(2, LARGE, program)
+        again = run_process([*command, *options, "--resume", *changed], cwd=tmp_path)
         assert again.code == 2, again.stderr
         assert f"the run in run had {had}, not" in again.stderr.splitlines()[-1]
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.slow
+def test_both_pipelines_give_the_same_losses_over_a_resume(
+    credentials: Path, tmp_path: Path
+) -> None:
+    options = ["--credentials", credentials, *QUICK, "--flip", "--precision", "float32"]
+
+    def history(output: str, epochs: int, memory: int, *more: str) -> pd.DataFrame:
+        words = [*options, *as_options(output=output, epochs=epochs), *more]
+        result_of(run_process([*on_cpus(1, memory), *words], cwd=tmp_path))
+        return pd.read_csv(tmp_path / output / "history.csv")
+
+    on_gpu = history("gpu", 3, LARGE)
+    on_host = history("host", 3, SMALL)
+    history("both", 1, SMALL)
+    on_both = history("both", 3, LARGE, "--resume")
+    for column in ("loss", "validation_loss"):
+        wanted = pytest.approx(on_gpu[column].to_numpy(), abs=1e-6)
+        assert on_host[column].to_numpy() == wanted
+        assert on_both[column].to_numpy() == wanted
+
+
+class Small(NamedTuple):
+    """A GpuTrainer of a small CNN on 45 images, in batches of 4, and what its steps were traced
+    with.
+    """
+
+    trainer: Any
+    model: Any
+    traces: list[tuple[str, Any]]
+
+
+@pytest.fixture
+def small(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Small]:
+    """Makes a Small on a device of so much memory, without XLA; splits are 27, 8 and 10 images."""
+    import tensorflow as tf
+
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (45, 16, 16), np.uint8)
+    split = ["train"] * 27 + ["validation"] * 8 + ["test"] * 10
+    labels = (random.random((45, 15)) < 0.3).astype(np.float32)
+    table = pd.DataFrame(labels, columns=xray_gpu.LABELS).assign(split=split)
+
+    def make(memory: int, *options: Any) -> Small:
+        monkeypatch.setattr(xray_gpu, "gpu_memory", lambda: memory)
+        keras.utils.set_random_seed(0)
+        layers = [
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Conv2D(4, 3, use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),  # so that a mirrored image is another
+            keras.layers.Dropout(0.2, name="dropout"),
+            keras.layers.Dense(15, activation="sigmoid"),
+        ]
+        model = keras.Sequential([keras.Input((16, 16, 1), dtype="uint8"), *layers])
+        model.compile(keras.optimizers.Adam(1e-2), "binary_crossentropy", jit_compile=False)
+        model.optimizer.build(model.trainable_variables)
+        traces: list[tuple[str, Any]] = []
+
+        def noted(name: str, step: Callable) -> Callable:
+            def traced(data: tuple) -> Any:
+                traces.append((name, data[0].shape))
+                return step(data)
+
+            return traced
+
+        model.train_step = noted("train", model.train_step)
+        model.predict_step = noted("predict", model.predict_step)
+        strategy = tf.distribute.get_strategy()
+        arguments = parse("--batch-size", 4, "--epochs", 9, *options)
+        feed, where = xray_gpu.make_feed(model, pixels, table, 4, strategy)
+        assert where == ("gpu" if memory == LARGE else "host")
+        trainer = xray_gpu.GpuTrainer(
+            xray_gpu.KerasTrainer(model, feed, table, arguments), strategy
+        )
+        return Small(trainer, model, traces)
+
+    return make
+
+
+@pytest.mark.parametrize("memory", [LARGE, 0])
+def test_a_run_traces_one_training_step_and_one_prediction(
+    small: Callable[..., Small], memory: int
+) -> None:
+    trainer, _, traces = small(memory)
+    for epoch in (1, 2):
+        trainer.fit_epoch(epoch)
+        assert trainer.predict("validation").shape == (8, 15)
+    assert trainer.predict("test").shape == (10, 15)
+    assert [name for name, _ in traces] == ["train", "predict"]
+    if memory == LARGE:
+        assert [tuple(shape) for _, shape in traces] == [(4, 16, 16, 1)] * 2
+
+
+def test_small_pipelines_agree_over_a_resume(small: Callable[..., Small], tmp_path: Path) -> None:
+    on_gpu, on_host, resumed = (small(memory, "--flip") for memory in (LARGE, 0, LARGE))
+    losses = [[each.trainer.fit_epoch(epoch) for epoch in (1, 2)] for each in (on_gpu, on_host)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for split in ("validation", "test"):
+        scores = [each.trainer.predict(split) for each in (on_gpu, on_host)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    xray_gpu.save_checkpoint(on_host.model, tmp_path / "2.weights.h5")
+    resumed.model.load_weights(tmp_path / "2.weights.h5")
+    assert resumed.trainer.fit_epoch(3) == pytest.approx(on_gpu.trainer.fit_epoch(3), abs=1e-6)
+    unmirrored = small(LARGE)
+    assert unmirrored.trainer.fit_epoch(1) != pytest.approx(losses[0][0], abs=1e-5)
+
+
+@pytest.mark.usefixtures("keras")
+@pytest.mark.parametrize("memory", [LARGE, 0])
+def test_all_batches_are_full_and_have_all_images(
+    monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    import keras
+    import tensorflow as tf
+
+    monkeypatch.setattr(xray_gpu, "gpu_memory", lambda: memory)
+    pixels = np.arange(45, dtype=np.uint8)[:, np.newaxis, np.newaxis].repeat(9, 1).repeat(9, 2)
+    table = pd.DataFrame(0.0, range(45), xray_gpu.LABELS)
+    model = keras.Sequential([keras.Input((9, 9, 1)), keras.layers.Flatten()])
+    model.compile(loss="mse")
+    feed, _ = xray_gpu.make_feed(model, pixels, table, 4, tf.distribute.get_strategy())
+    order = np.random.default_rng(0).permutation(45)
+    for rows in (order[:27], order[:8], order[:3]):
+        # The number of an image is its grey.
+        batches = [
+            batch[:, 0] if memory else batch[0][:, 0, 0, 0]
+            for batch in feed(rows).as_numpy_iterator()
+        ]
+        assert [len(batch) for batch in batches] == [4] * math.ceil(len(rows) / 4)
+        assert feed(rows).cardinality() == len(batches)
+        found = np.concatenate(batches)
+        assert np.array_equal(found, np.resize(rows, len(found)))
+
+
+QUIET = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import xray_gpu
+
+def compile_by_xla():
+    tf = xray_gpu.import_tensorflow()
+    xray_gpu.hide_log()
+    print("before", file=sys.stderr)
+    tf.function(lambda x: 2 * x, jit_compile=True)(tf.ones(3))
+    raise xray_gpu.UserError("after")
+
+sys.exit(xray_gpu.run_script(compile_by_xla))
+"""
+
+
+@pytest.mark.parametrize("level", [None, "3", "0"])
+def test_xla_is_quiet_unless_the_user_wants_its_log(level: str | None) -> None:
+    setting = "-uTF_CPP_MIN_LOG_LEVEL" if level is None else f"TF_CPP_MIN_LOG_LEVEL={level}"
+    finished = run_process(["env", setting, sys.executable, "-c", QUIET, ROOT])
+    assert finished.code == 2
+    assert "before\n" in finished.stderr
+    if level == "0":
+        assert "Compiled cluster using XLA!" in finished.stderr
+    else:
+        assert finished.stderr == "before\n-c: error: after\n"
+
+
+CRASH = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import xray_gpu
+
+xray_gpu.import_tensorflow()
+xray_gpu.hide_log()
+os.write(2, b"I0000 00:00:1 1 cuda.cc:1] loaded\\nF0000 00:00:1 1 cuda.cc:2] no driver\\n")
+os.abort()
+"""
+
+
+def test_the_last_words_of_a_crash_are_shown() -> None:
+    shown = run_process(["sh", "-c", '"$@" 2>&1 | cat', "sh", sys.executable, "-c", CRASH, ROOT])
+    assert "F0000 00:00:1 1 cuda.cc:2] no driver\n" in shown.stdout
+    assert "I0000" not in shown.stdout
+
+
+@pytest.mark.usefixtures("keras")
+def test_too_little_memory_of_the_gpu_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import tensorflow as tf
+
+    def fails() -> None:
+        with xray_gpu.memory_errors(512):
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM\nwhen allocating\n" * 99)
+
+    monkeypatch.setattr(sys, "argv", ["xray_gpu.py"])
+    assert xray_gpu.run_script(fails) == 2
+    problem = "the GPU's memory is too small for --batch-size 512: use a smaller one"
+    assert capsys.readouterr().err == f"xray_gpu.py: error: {problem}\n"
 
 
 @pytest.fixture
