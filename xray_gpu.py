@@ -4,18 +4,19 @@
     cp credentials.example.yml credentials.yml               and fill in your AWS keys
     python xray_gpu.py
 
-This one file is all that a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the
-bucket, splits them by patient, trains MobileNet on the 15 labels and writes history, predictions,
-metrics, model.keras and report.png to runs/, and to S3 with `--output s3://BUCKET/PREFIX`. The last
-line on stdout is the result as one line of JSON. An interrupted run goes on with the same options
-and `--resume --output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py xray_gpu.py`.
+This file is all a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the bucket,
+splits them by patient, trains MobileNet on the 15 labels and writes history, predictions, metrics,
+model.keras and report.png to runs/, and to S3 with `--output s3://BUCKET/PREFIX`. The last line on
+stdout is the result as JSON. To continue an interrupted run, repeat its options with `--resume
+--output ITS_FOLDER`. To try it without a bucket: `python tests/sample_bucket.py xray_gpu.py`.
 
-How it differs from xray_tensorflow.py, whose data, split, CNN, metrics and clock it shares (they
-come after what is special to this script): it takes every GPU that TensorFlow sees (several by
-MirroredStrategy, --batch-size images each), keeps the pixels there where they fit, computes in
-mixed precision from compute capability 7.0 on, compiles by XLA on one GPU, fills the last batch of
-an epoch up, and stops where there is no GPU instead of training on the CPU. g3s.xlarge (Tesla M60,
-capability 5.2) needs `pip install "tensorflow[and-cuda]==2.16.2"`. Not yet measured on several.
+Its siblings: xray_tensorflow.py trains on one CPU thread, xray_elephas.py on Spark through Elephas.
+The code for the target comes first; data, split, CNN, metrics and clock follow, the same code in all
+three. This script uses every GPU that TensorFlow sees (several through MirroredStrategy, with
+--batch-size images each), keeps the pixels on the GPU if they fit, computes in mixed precision from
+compute capability 7.0 on, and compiles with XLA on a single GPU. It never falls back to the CPU.
+g3s.xlarge (Tesla M60, capability 5.2) needs `pip install "tensorflow[and-cuda]==2.16.2"`. Several
+GPUs have not been tried.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -100,7 +101,7 @@ def main() -> None:
         strategy, target = set_up_gpus(arguments.precision)
     with run.timed("ingest"):
         table = select_images(connect(credentials, arguments), arguments)
-    # Adam's state fits one precision alone, and the replicas decide what a step is made of.
+    # Adam's state depends on the precision, and a step's images on the number of replicas.
     run.check(table, {name: target[name] for name in ("precision", "replicas")})
     with run.timed("setup"), strategy.scope():
         model = build_cnn(arguments, labels_by_split(table)["train"], xla=target["xla"])
@@ -108,7 +109,7 @@ def main() -> None:
         table, pixels, cached = ingest(credentials, arguments, table)
     with strategy.scope():
         run.open(table, model)
-        if not model.optimizer.built:  # else the first step builds it, and is traced twice
+        if not model.optimizer.built:  # the first step would build it, and be traced twice
             model.optimizer.build(model.trainable_variables)
     with memory_errors(arguments.batch_size):
         with run.timed("setup"):
@@ -126,7 +127,7 @@ def main() -> None:
 def set_up_gpus(precision: str) -> tuple[Any, dict]:
     """The strategy (for one GPU the default) and the result's `target`.
 
-    Raises UserError where no GPU can be used.
+    Raises UserError if no GPU can be used.
     """
     tf = import_tensorflow()
     hide_log()
@@ -177,7 +178,7 @@ def check_gpus(gpus: list[dict], tensorflow: str) -> None:
 def choose_precision(wanted: str, gpus: list[dict]) -> str:
     """The Keras dtype policy.
 
-    auto: mixed_float16 where every GPU has tensor cores, which came with compute capability 7.0.
+    auto: mixed_float16 if every GPU has tensor cores, that is, compute capability 7.0 or above.
     """
     if wanted != "auto":
         return wanted
@@ -186,23 +187,23 @@ def choose_precision(wanted: str, gpus: list[dict]) -> str:
 
 
 def driver_version() -> Optional[str]:
-    """The NVIDIA driver's version; None where Linux does not tell."""
+    """The NVIDIA driver's version; None if Linux does not say."""
     path = Path("/proc/driver/nvidia/version")
     words = path.read_text().split() if path.exists() else []
     return next((word for word in words if word[0].isdigit()), None)
 
 
 def hide_log() -> None:
-    """Keep what XLA and absl log from the terminal, unless TF_CPP_MIN_LOG_LEVEL is below 3.
+    """Keep XLA's and absl's log off the terminal, unless TF_CPP_MIN_LOG_LEVEL is below 3.
 
-    absl has no setting for it. Its fatal errors stay, even at a crash: grep outlives it.
+    absl has no setting for that. Its fatal errors still show, even in a crash: grep outlives us.
     """
     if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3":
         return
     screen = os.dup(2)
     log = "^([IWE]0000 |WARNING: All log messages before absl)"
     command = ["grep", "--line-buffered", "-vE", log]
-    # Ctrl-C does not reach another session.
+    # A session of its own, which Ctrl-C does not reach.
     grep: Any = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=screen, start_new_session=True
     )
@@ -213,7 +214,7 @@ def hide_log() -> None:
 
 @contextlib.contextmanager
 def memory_errors(batch_size: int) -> Iterator[None]:
-    """Turn TensorFlow's pages of text where a GPU's memory is exhausted into a UserError."""
+    """Turn TensorFlow's pages about exhausted GPU memory into a UserError."""
     import tensorflow as tf
 
     try:
@@ -223,15 +224,15 @@ def memory_errors(batch_size: int) -> Iterator[None]:
         raise UserError(f"{problem}: use a smaller one") from None
 
 
-# Of a GPU's memory, for pixels: ChestX-ray14 has 1.8 GB at 128 pixels. A step needs the rest: 7 GB
-# for batches of 512 in mixed precision.
+# The share of a GPU's memory that pixels may take: ChestX-ray14 has 1.8 GB at 128 pixels. A step
+# needs the rest: 7 GB for batches of 512 in mixed precision.
 PIXELS_SHARE = 0.25
 
 
 def make_feed(
     model: Any, pixels: np.ndarray, table: pd.DataFrame, batch_size: int, strategy: Any
 ) -> tuple[Callable[..., Any], str]:
-    """A KerasTrainer's feed, and where the pixels (n, size, size) are: on the "gpu" or "host"."""
+    """A KerasTrainer's feed, and where it keeps the pixels (n, size, size): "gpu" or "host"."""
     import tensorflow as tf
 
     labels = table[LABELS].to_numpy(np.float32)
@@ -243,24 +244,24 @@ def make_feed(
     prefetch = tf.data.experimental.prefetch_to_device(device, 2)
 
     def feed(rows: np.ndarray, flips: Optional[np.ndarray] = None) -> Any:
-        # XLA compiles for half a minute for each size of a batch, so all are full: an epoch ends
-        # with the images that its order began with. None is left out of an epoch so, and no batch
-        # is small; batch normalisation would count images of weight zero too.
+        # XLA takes half a minute for each batch shape, so the last batch is filled up with the
+        # epoch's first images: none is left out, while padding with a weight of zero would still
+        # count in batch normalisation.
         whole = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
         if on_gpu:
             return row_batches(whole, batch_size, flips)
         data = batches(pixels, labels, whole, batch_size, flips)
-        if strategy.num_replicas_in_sync > 1:  # which prefetches by itself
+        if strategy.num_replicas_in_sync > 1:  # MirroredStrategy prefetches itself
             return data
         ahead = data.apply(prefetch)
-        ahead.cardinality = data.cardinality  # lost, and Keras shows it
+        ahead.cardinality = data.cardinality  # prefetching loses it; Keras shows it
         return ahead
 
     return feed, "gpu" if on_gpu else "host"
 
 
 def gpu_memory() -> int:
-    """The bytes that TensorFlow may take of each GPU: what was free when it started."""
+    """The bytes that TensorFlow may use on each GPU: what was free when it started."""
     import tensorflow as tf
 
     with tf.compat.v1.Session() as session:
@@ -269,7 +270,7 @@ def gpu_memory() -> int:
 
 
 def peak_gpu_memory() -> int:
-    """The most bytes that TensorFlow has taken of a GPU."""
+    """The most bytes that TensorFlow has used on a GPU."""
     import tensorflow as tf
 
     names = [device.name for device in tf.config.list_logical_devices("GPU")]
@@ -277,19 +278,19 @@ def peak_gpu_memory() -> int:
 
 
 def gather_in_steps(model: Any, pixels: np.ndarray, labels: np.ndarray) -> None:
-    """Copy pixels and labels to the GPU, where steps of `model` gather what row_batches names."""
+    """Copy pixels and labels to the GPU, and have `model` gather the rows of row_batches there."""
     import tensorflow as tf
 
-    # Under MirroredStrategy a variable is on each GPU.
+    # MirroredStrategy copies a variable to each GPU.
     data = [tf.Variable(each, trainable=False) for each in (pixels[..., np.newaxis], labels)]
-    # Else Keras, under MirroredStrategy, builds the loss from what a step gets: rows.
+    # Otherwise Keras, under MirroredStrategy, builds the loss for what a step is given: rows.
     model.compute_loss(y=labels[:1], y_pred=labels[:1])
     model.train_step = functools.partial(step_on_rows, model.train_step, *data)
     model.predict_step = functools.partial(step_on_rows, model.predict_step, *data)
 
 
 def step_on_rows(step: Callable[[tuple], Any], pixels: Any, labels: Any, data: Any) -> Any:
-    """A step of Keras on the images that `data` (b, 2) of row_batches names."""
+    """Keras' `step` on the images whose rows are in `data` (b, 2), from row_batches."""
     import tensorflow as tf
 
     rows, mirrored = tf.unstack(data, axis=1)
@@ -299,7 +300,7 @@ def step_on_rows(step: Callable[[tuple], Any], pixels: Any, labels: Any, data: A
 
 
 def row_batches(rows: np.ndarray, batch_size: int, flips: Optional[np.ndarray]) -> Any:
-    """A tf.data.Dataset of int32 (b, 2): an image's row, and whether it is mirrored."""
+    """A tf.data.Dataset of int32 (b, 2): each image's row, and whether to mirror it."""
     import tensorflow as tf
 
     mirrored = np.zeros_like(rows) if flips is None else flips[rows]
@@ -310,7 +311,7 @@ def row_batches(rows: np.ndarray, batch_size: int, flips: Optional[np.ndarray]) 
 
 
 class GpuTrainer:
-    """A KerasTrainer of several steps an execution, its model mirrored on the GPUs of `strategy`."""
+    """Runs a KerasTrainer with several steps per execution, on the GPUs of `strategy`."""
 
     def __init__(self, trainer: "KerasTrainer", strategy: Any) -> None:
         self._trainer = trainer
@@ -318,14 +319,14 @@ class GpuTrainer:
         self._strategy = strategy
 
     def fit_epoch(self, epoch: int) -> float:
-        # Several steps of a MirroredStrategy fail in Keras 3.15.
+        # Keras 3.15 fails with several steps under MirroredStrategy.
         self._model.steps_per_execution = 32 if self._strategy.num_replicas_in_sync == 1 else 1
         loss = self._trainer.fit_epoch(epoch)
         average_statistics(self._model, self._strategy)
         return loss
 
     def predict(self, split: str) -> np.ndarray:
-        # Of several, Keras would compile again for the steps that are left over.
+        # With several, Keras would compile again for the remaining steps.
         self._model.steps_per_execution = 1
         return self._trainer.predict(split)
 
@@ -333,7 +334,7 @@ class GpuTrainer:
 def average_statistics(model: Any, strategy: Any) -> None:
     """Give every replica the mean of all replicas' moving statistics.
 
-    In Keras 3 each replica keeps its own, and one of them is saved.
+    In Keras 3 each replica keeps its own, and only one is saved.
     """
     import tensorflow as tf
 
@@ -346,21 +347,21 @@ def average_statistics(model: Any, strategy: Any) -> None:
 # ---- common to the scripts of one machine: begin ----
 # ==== ingest: fetch, decode, keep in the cache ====
 
-WORTH_A_PROCESS = 1000  # images: 7 s of fetching and decoding, where its start takes 1.5
+WORTH_A_PROCESS = 1000  # images: 7 s of fetching and decoding; a start takes 1.5 s
 
 
 def ingest(
     credentials: dict[str, str], arguments: argparse.Namespace, table: pd.DataFrame
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """The table with a column reason, pixels (n, size, size) uint8 of its rows, and how many were
-    cached.
+    """Get the images of the table, from the cache or from S3, which fills the cache.
 
-    An unreadable image has a reason, and "skipped" as its split. Raises UserError where too many
-    are unreadable, S3 or the cache fails, or the pixels are more than the memory.
+    Returns the table, where an unreadable image has the split "skipped" and a reason, the pixels
+    (n, size, size) uint8 of its rows, and the number of images from the cache. Raises UserError if
+    too many are unreadable, S3 or the cache fails, or the pixels do not fit into memory.
     """
     size = arguments.image_size
     if len(table) * size**2 > memory_limit():
-        problem = f"{len(table)} images of {size} x {size} are more than the memory"
+        problem = f"{len(table)} images of {size} x {size} do not fit into the memory"
         raise UserError(f"{problem} of this machine or container: use --limit")
     pixels = np.empty((len(table), size, size), np.uint8)
     source = f"{s3_client(credentials).meta.endpoint_url}/{arguments.bucket}"
@@ -392,12 +393,12 @@ def ingest(
 def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
     """The cache of decoded pixels, which several runs may use at once.
 
-    Raises UserError, in the block too, where it is damaged or its disk is full.
+    Raises UserError, in the block too, if it is damaged or its disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as cache:
-            # Readers beside a writer, and no fsync for each group of images.
+            # Readers next to a writer, and no fsync per group of images.
             cache.execute("PRAGMA journal_mode = WAL")
             cache.execute("PRAGMA synchronous = NORMAL")
             cache.execute(
@@ -414,15 +415,13 @@ def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
 def read_cache(
     cache: sqlite3.Connection, source: str, table: pd.DataFrame, pixels: np.ndarray
 ) -> np.ndarray:
-    """Put what is cached into `pixels` (n, size, size), rows as in the table; which rows those are:
-    bool (n,).
-    """
+    """Read cached images into `pixels` (n, size, size); return which rows those are: bool (n,)."""
     is_cached = np.zeros(len(table), bool)
     entries = zip(table["key"].str.encode("utf-8"), table["etag"].str.encode("utf-8"))
     rows = {entry: row for row, entry in enumerate(entries)}
-    # As bytes, since damaged text need not be UTF-8. Other runs' pixels are not read.
+    # As bytes, since damaged text may not be UTF-8. Other runs' pixels are not read.
     cache.create_function("row_of", 2, lambda key, etag: rows.get((key, etag)))
-    # In the order of the file, which takes SQLite half as long as a query for each image.
+    # One scan in file order takes SQLite half as long as a query per image.
     hits = cache.execute(
         "SELECT row_of(CAST(key AS BLOB), CAST(etag AS BLOB)) AS row, crc, CAST(pixels AS BLOB) "
         "FROM pixels NOT INDEXED WHERE source = ? AND size = ? AND row IS NOT NULL",
@@ -452,10 +451,10 @@ def store(
 def fetch_groups(
     credentials: dict[str, str], bucket: str, keys: dict[int, str], size: int
 ) -> Generator[list[tuple], None, None]:
-    """What fetch_images yields, in groups, from a process for each core.
+    """Groups of what fetch_images yields, from one process a core.
 
-    Few images, or those of one core, are fetched by this process. Raises UserError when S3 fails or
-    a process is killed.
+    With few images or one core this process fetches them. Raises UserError if S3 fails or a process
+    is killed.
     """
     count = min(len(usable_cores()), len(keys) // WORTH_A_PROCESS)
     if count < 2:
@@ -469,7 +468,7 @@ def fetch_groups(
             for pipe in ready:
                 try:
                     group = pipe.recv()
-                except (EOFError, OSError):  # the process has ended, perhaps amid a group
+                except (EOFError, OSError):  # the process has ended, maybe in mid-group
                     check_ended(processes.pop(pipe))
                     continue
                 if isinstance(group, str):
@@ -482,14 +481,14 @@ def fetch_groups(
 
 
 def usable_cores() -> list[int]:
-    """The numbers of the cores that this process may use; on macOS, of all cores."""
+    """The numbers of the cores that this process may use; on macOS all cores."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
-    """Lists of what came in a tenth of a second each: this is what a kill can lose."""
+    """Lists of what arrives within a tenth of a second, which is all that a kill can lose."""
     group = []
     begun = time.monotonic()
     for arrival in arrivals:
@@ -504,18 +503,17 @@ def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
 def start_processes(
     credentials: dict[str, str], bucket: str, shares: list[dict[int, str]], size: int
 ) -> dict[Any, Any]:
-    """A process for each share of the keys, by the pipe that its groups come from."""
-    context = multiprocessing.get_context("spawn")  # TensorFlow's threads and CUDA survive no fork
+    """Start a process for each share of the keys; return the processes by their pipes."""
+    context = multiprocessing.get_context("spawn")  # fork breaks TensorFlow's threads and CUDA
     processes = {}
-    # Ctrl-C reaches all processes of a terminal. They inherit that they ignore it: this one ends
-    # them.
+    # Ctrl-C reaches all processes of a terminal. These inherit to ignore it: this one ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for share in shares:
         pipe, its_end = context.Pipe(duplex=False)
         work = (its_end, credentials, bucket, share, size)
         processes[pipe] = context.Process(target=send_images, args=work, daemon=True)
         processes[pipe].start()
-        its_end.close()  # the process has the only one left: the pipe ends with it
+        its_end.close()  # now only the process has it: the pipe ends with it
     signal.signal(signal.SIGINT, handler)
     return processes
 
@@ -523,9 +521,9 @@ def start_processes(
 def send_images(
     pipe: Any, credentials: dict[str, str], bucket: str, keys: dict[int, str], size: int
 ) -> None:
-    """Send groups of images, or, as text, why S3 fails; a full pipe holds the requests up.
+    """Send groups of images, or S3's failure as text; a full pipe pauses the requests.
 
-    This process ends with its parent, even one that is killed.
+    This process ends with its parent, even if that is killed.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -544,15 +542,15 @@ def end_with_parent() -> None:
 
 
 def check_ended(process: Any) -> None:
-    """Raise UserError for a process that was killed, RuntimeError for one that failed."""
+    """Raise UserError if a process was killed, RuntimeError if it failed."""
     process.join()
     if process.exitcode < 0:
         raise UserError(
             f"a process that fetches images was killed by signal {-process.exitcode}, as Linux does "
-            "when memory runs out: end other programs, then start again"
+            "when memory runs out: close other programs, then start again"
         )
     if process.exitcode:
-        raise RuntimeError("a process that fetches images failed: its traceback stands above")
+        raise RuntimeError("a process that fetches images failed: see its traceback above")
 
 
 # ==== training with Keras ====
@@ -561,8 +559,8 @@ def check_ended(process: Any) -> None:
 class KerasTrainer:
     """Trains and predicts with a compiled Keras model.
 
-    `feed(rows, flips=None)` gives Keras the images of those rows of `table`, in batches; `flips`
-    says of each image of the table whether it is mirrored. It may add images at the end.
+    `feed(rows, flips=None)` gives Keras the images of these rows of `table` in batches, and may add
+    images at the end; `flips` says which images of the table to mirror.
     """
 
     def __init__(
@@ -583,13 +581,13 @@ class KerasTrainer:
         import keras
 
         class OneEpoch(keras.callbacks.Callback):
-            """Ends the fit, which shows the number of this epoch among all."""
+            """Ends the fit after one epoch, which Keras shows as one of all epochs."""
 
             def on_epoch_end(self, epoch: int, logs: Optional[dict] = None) -> None:
                 self.model.stop_training = True
 
-        # Order, flips and dropout follow from seed and epoch alone: a resumed run draws what an
-        # unbroken one draws.
+        # Order, flips and dropout depend only on seed and epoch: a resumed run draws the same as an
+        # unbroken one.
         seeds = [self._arguments.seed, epoch]
         order = np.random.default_rng(seeds).permutation(self._rows["train"])
         flips = draw_flips(self._arguments, epoch, self._images)

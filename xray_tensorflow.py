@@ -139,21 +139,21 @@ def limit_tensorflow(threads: int) -> None:
 # ---- common to the scripts of one machine: begin ----
 # ==== ingest: fetch, decode, keep in the cache ====
 
-WORTH_A_PROCESS = 1000  # images: 7 s of fetching and decoding, where its start takes 1.5
+WORTH_A_PROCESS = 1000  # images: 7 s of fetching and decoding; a start takes 1.5 s
 
 
 def ingest(
     credentials: dict[str, str], arguments: argparse.Namespace, table: pd.DataFrame
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """The table with a column reason, pixels (n, size, size) uint8 of its rows, and how many were
-    cached.
+    """Get the images of the table, from the cache or from S3, which fills the cache.
 
-    An unreadable image has a reason, and "skipped" as its split. Raises UserError where too many
-    are unreadable, S3 or the cache fails, or the pixels are more than the memory.
+    Returns the table, where an unreadable image has the split "skipped" and a reason, the pixels
+    (n, size, size) uint8 of its rows, and the number of images from the cache. Raises UserError if
+    too many are unreadable, S3 or the cache fails, or the pixels do not fit into memory.
     """
     size = arguments.image_size
     if len(table) * size**2 > memory_limit():
-        problem = f"{len(table)} images of {size} x {size} are more than the memory"
+        problem = f"{len(table)} images of {size} x {size} do not fit into the memory"
         raise UserError(f"{problem} of this machine or container: use --limit")
     pixels = np.empty((len(table), size, size), np.uint8)
     source = f"{s3_client(credentials).meta.endpoint_url}/{arguments.bucket}"
@@ -185,12 +185,12 @@ def ingest(
 def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
     """The cache of decoded pixels, which several runs may use at once.
 
-    Raises UserError, in the block too, where it is damaged or its disk is full.
+    Raises UserError, in the block too, if it is damaged or its disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as cache:
-            # Readers beside a writer, and no fsync for each group of images.
+            # Readers next to a writer, and no fsync per group of images.
             cache.execute("PRAGMA journal_mode = WAL")
             cache.execute("PRAGMA synchronous = NORMAL")
             cache.execute(
@@ -207,15 +207,13 @@ def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
 def read_cache(
     cache: sqlite3.Connection, source: str, table: pd.DataFrame, pixels: np.ndarray
 ) -> np.ndarray:
-    """Put what is cached into `pixels` (n, size, size), rows as in the table; which rows those are:
-    bool (n,).
-    """
+    """Read cached images into `pixels` (n, size, size); return which rows those are: bool (n,)."""
     is_cached = np.zeros(len(table), bool)
     entries = zip(table["key"].str.encode("utf-8"), table["etag"].str.encode("utf-8"))
     rows = {entry: row for row, entry in enumerate(entries)}
-    # As bytes, since damaged text need not be UTF-8. Other runs' pixels are not read.
+    # As bytes, since damaged text may not be UTF-8. Other runs' pixels are not read.
     cache.create_function("row_of", 2, lambda key, etag: rows.get((key, etag)))
-    # In the order of the file, which takes SQLite half as long as a query for each image.
+    # One scan in file order takes SQLite half as long as a query per image.
     hits = cache.execute(
         "SELECT row_of(CAST(key AS BLOB), CAST(etag AS BLOB)) AS row, crc, CAST(pixels AS BLOB) "
         "FROM pixels NOT INDEXED WHERE source = ? AND size = ? AND row IS NOT NULL",
@@ -245,10 +243,10 @@ def store(
 def fetch_groups(
     credentials: dict[str, str], bucket: str, keys: dict[int, str], size: int
 ) -> Generator[list[tuple], None, None]:
-    """What fetch_images yields, in groups, from a process for each core.
+    """Groups of what fetch_images yields, from one process a core.
 
-    Few images, or those of one core, are fetched by this process. Raises UserError when S3 fails or
-    a process is killed.
+    With few images or one core this process fetches them. Raises UserError if S3 fails or a process
+    is killed.
     """
     count = min(len(usable_cores()), len(keys) // WORTH_A_PROCESS)
     if count < 2:
@@ -262,7 +260,7 @@ def fetch_groups(
             for pipe in ready:
                 try:
                     group = pipe.recv()
-                except (EOFError, OSError):  # the process has ended, perhaps amid a group
+                except (EOFError, OSError):  # the process has ended, maybe in mid-group
                     check_ended(processes.pop(pipe))
                     continue
                 if isinstance(group, str):
@@ -275,14 +273,14 @@ def fetch_groups(
 
 
 def usable_cores() -> list[int]:
-    """The numbers of the cores that this process may use; on macOS, of all cores."""
+    """The numbers of the cores that this process may use; on macOS all cores."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
-    """Lists of what came in a tenth of a second each: this is what a kill can lose."""
+    """Lists of what arrives within a tenth of a second, which is all that a kill can lose."""
     group = []
     begun = time.monotonic()
     for arrival in arrivals:
@@ -297,18 +295,17 @@ def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
 def start_processes(
     credentials: dict[str, str], bucket: str, shares: list[dict[int, str]], size: int
 ) -> dict[Any, Any]:
-    """A process for each share of the keys, by the pipe that its groups come from."""
-    context = multiprocessing.get_context("spawn")  # TensorFlow's threads and CUDA survive no fork
+    """Start a process for each share of the keys; return the processes by their pipes."""
+    context = multiprocessing.get_context("spawn")  # fork breaks TensorFlow's threads and CUDA
     processes = {}
-    # Ctrl-C reaches all processes of a terminal. They inherit that they ignore it: this one ends
-    # them.
+    # Ctrl-C reaches all processes of a terminal. These inherit to ignore it: this one ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for share in shares:
         pipe, its_end = context.Pipe(duplex=False)
         work = (its_end, credentials, bucket, share, size)
         processes[pipe] = context.Process(target=send_images, args=work, daemon=True)
         processes[pipe].start()
-        its_end.close()  # the process has the only one left: the pipe ends with it
+        its_end.close()  # now only the process has it: the pipe ends with it
     signal.signal(signal.SIGINT, handler)
     return processes
 
@@ -316,9 +313,9 @@ def start_processes(
 def send_images(
     pipe: Any, credentials: dict[str, str], bucket: str, keys: dict[int, str], size: int
 ) -> None:
-    """Send groups of images, or, as text, why S3 fails; a full pipe holds the requests up.
+    """Send groups of images, or S3's failure as text; a full pipe pauses the requests.
 
-    This process ends with its parent, even one that is killed.
+    This process ends with its parent, even if that is killed.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -337,15 +334,15 @@ def end_with_parent() -> None:
 
 
 def check_ended(process: Any) -> None:
-    """Raise UserError for a process that was killed, RuntimeError for one that failed."""
+    """Raise UserError if a process was killed, RuntimeError if it failed."""
     process.join()
     if process.exitcode < 0:
         raise UserError(
             f"a process that fetches images was killed by signal {-process.exitcode}, as Linux does "
-            "when memory runs out: end other programs, then start again"
+            "when memory runs out: close other programs, then start again"
         )
     if process.exitcode:
-        raise RuntimeError("a process that fetches images failed: its traceback stands above")
+        raise RuntimeError("a process that fetches images failed: see its traceback above")
 
 
 # ==== training with Keras ====
@@ -354,8 +351,8 @@ def check_ended(process: Any) -> None:
 class KerasTrainer:
     """Trains and predicts with a compiled Keras model.
 
-    `feed(rows, flips=None)` gives Keras the images of those rows of `table`, in batches; `flips`
-    says of each image of the table whether it is mirrored. It may add images at the end.
+    `feed(rows, flips=None)` gives Keras the images of these rows of `table` in batches, and may add
+    images at the end; `flips` says which images of the table to mirror.
     """
 
     def __init__(
@@ -376,13 +373,13 @@ class KerasTrainer:
         import keras
 
         class OneEpoch(keras.callbacks.Callback):
-            """Ends the fit, which shows the number of this epoch among all."""
+            """Ends the fit after one epoch, which Keras shows as one of all epochs."""
 
             def on_epoch_end(self, epoch: int, logs: Optional[dict] = None) -> None:
                 self.model.stop_training = True
 
-        # Order, flips and dropout follow from seed and epoch alone: a resumed run draws what an
-        # unbroken one draws.
+        # Order, flips and dropout depend only on seed and epoch: a resumed run draws the same as an
+        # unbroken one.
         seeds = [self._arguments.seed, epoch]
         order = np.random.default_rng(seeds).permutation(self._rows["train"])
         flips = draw_flips(self._arguments, epoch, self._images)
