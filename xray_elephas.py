@@ -107,6 +107,7 @@ import boto3
 import botocore.exceptions
 import numpy as np
 import pandas as pd
+import pyspark.serializers
 import scipy.stats
 import sklearn.metrics
 import yaml
@@ -310,8 +311,9 @@ def start_spark(arguments: argparse.Namespace) -> SparkSession:
     session = SparkSession.builder.config(conf=conf).getOrCreate()
     # PySpark's own handler calls Java, and KeyboardInterrupt would never arrive.
     signal.signal(signal.SIGINT, handler)
-    # The accumulators' server prints a traceback if Java ends first.
+    # Both print a traceback if Java ends first; the exception is raised as well.
     session.sparkContext._accumulatorServer.handle_error = lambda *_: None
+    pyspark.serializers.print_exec = lambda stream: None
     return session
 
 
