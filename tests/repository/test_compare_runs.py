@@ -119,7 +119,7 @@ def test_learning_is_drawn_against_epochs_and_seconds(make: Callable[..., Path])
         ),
         ({"image_size": 64}, r"different CNN: \S+a has --image-size 128, \S+b 64"),
         ({"weights": "none"}, r"different CNN: \S+a has --weights imagenet, \S+b none"),
-        ({"data": "def"}, r"different data: \S+a and \S+b are not of the same images and labels"),
+        ({"data": "def"}, r"different data: \S+a and \S+b do not have the same images and labels"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

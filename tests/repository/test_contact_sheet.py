@@ -146,14 +146,14 @@ def test_a_sheet_of_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert printed.startswith(error)
     assert printed.count("\n") == 1
     assert main([*command, "--cache", str(tmp_path)]) == 2
-    assert f"error: no {tmp_path}/pixels.sqlite: name the run's --cache" in capsys.readouterr().err
+    assert f"error: no {tmp_path}/pixels.sqlite: give the run's --cache" in capsys.readouterr().err
     copy = tmp_path / "run"
     shutil.copytree(run.folder, copy)
     config = json.loads((copy / "config.json").read_text())
     config["arguments"]["image_size"] = 64
     (copy / "config.json").write_text(json.dumps(config))
     assert main([str(copy), *command[1:]]) == 2
-    assert "png of 64 pixels a side: name the run's --cache" in capsys.readouterr().err
+    assert "png of 64 pixels a side: give the run's --cache" in capsys.readouterr().err
     for name in ("model.keras", "metrics.json"):
         (copy / name).unlink()
         assert main([str(copy), *command[1:]]) == 2
