@@ -132,7 +132,7 @@ OURS = "xray_tensorflow.py"
 TRAINERS: dict[str, Callable] = {
     OURS: peers.our_training,
     f"stock Keras, default environment (oneDNN is {ONEDNN} on this CPU)": peers.stock_keras,
-    "stock Keras, the same by `fit` on arrays": peers.stock_keras_fit,
+    "stock Keras, `fit` on arrays": peers.stock_keras_fit,
     "stock Keras, oneDNN off (default without AVX-512 VNNI)": peers.stock_keras_without_onednn,
     "PyTorch eager": peers.pytorch,
     "PyTorch eager, channels last": functools.partial(peers.pytorch, channels_last=True),
@@ -224,7 +224,7 @@ def cores() -> str:
     rows = [
         ("xray_tensorflow.py on one core", figures(one), "1.00"),
         ("xray_tensorflow.py --threads 2", figures(two), times(two, one)),
-        ("two processes of it, which share nothing", figures(together), times(together, one)),
+        ("two independent processes of it", figures(together), times(together, one)),
     ]
     return table("128 pixels, from scratch, no Spark | images a second | against one core", rows)
 
@@ -313,7 +313,7 @@ def pixels() -> str:
         / statistics.median(naive)
         / (1 / statistics.median(ours) + 5 / statistics.median(training))
     )
-    kept = f"Five epochs with ingest: {once:.1f} times faster than fetching in each epoch (computed from the rows)."
+    kept = f"Five epochs including ingest: {once:.1f} times as fast as fetching in each epoch (computed from the rows)."
     return "\n\n".join(
         [
             table("one core | images a second | ratio", rows),
@@ -384,14 +384,14 @@ def ingest() -> str:
         one, each = speeds["one"], speeds["all"]
         rows.append((what, figures(one, 0), figures(each, 0), times(each, one)))
     head = (
-        f"{images:,} images, {cores} cores, which serve S3 as well | one process, images a second "
+        f"{images:,} images, {cores} cores, which also serve S3 | one process, images a second "
         "| a process for each core | ratio"
     )
     command = [sys.executable, "-c", START, str(ROOT)]
     starts = [float(subprocess.check_output(command)) for _ in range(3)]
     kept = (
-        f"A process takes {figures(starts)} s of one core before it fetches, which the figures "
-        "include. For less than 1,000 images a core, or on one core, none is started."
+        f"The figures include the {figures(starts)} s of one core that a process takes before it "
+        "fetches. With fewer than 1,000 images a core, or on one core, none is started."
     )
     return f"{table(head, rows)}\n\n{kept}"
 
@@ -658,7 +658,7 @@ def cost_of_workers() -> str:
         for name, runs in histories.items()
     ]
     head = (
-        f"{FILMS:,} drawn films of {FILM_SIZE} pixels, batches of 8: validation AUROC | "
+        f"{FILMS:,} synthetic films of {FILM_SIZE} pixels, batches of 8: validation AUROC | "
         f"epoch 1 | epoch 3 | epoch {FILM_EPOCHS} | best epoch | seconds of training, two cores"
     )
     chart = f"![Validation AUROC by epochs and by seconds for 2 to 16 workers]({CHART.name})"
@@ -794,20 +794,20 @@ def held_against(
             "ingest, one core",
             ingest[0] * images / 1000 + ingest[1],
             one["ingest"]["seconds"],
-            "its images are larger in the store than those of the line",
+            "its stored images are larger than those of the fitted runs",
         ),
         (
             "an epoch, one core",
             epoch,
             steady(one),
-            "it trains in a whole script, the line's points are steps on pixels in memory",
+            "it trains in a whole script; the fitted points are steps on pixels in memory",
         ),
         (
             "an epoch, two workers",
             epoch / 2 + overhead[0] * 2 + overhead[1],
             steady(two),
-            f"it deals {images:,} images anew in each epoch, the line's points 300 of 64 pixels, "
-            "and the line has workers alone",
+            f"it redistributes {images:,} images in each epoch, the fitted runs 300 of 64 pixels, "
+            "and the line depends only on workers",
         ),
     ]
     rows = [
@@ -815,11 +815,11 @@ def held_against(
         for what, said, took, _ in checks
     ]
     head = (
-        f"{images:,} images of {HELD_OUT_SIZE} pixels, which the lines are not fitted to | "
+        f"{images:,} images of {HELD_OUT_SIZE} pixels, not used in the fit | "
         "seconds by the lines | measured | difference"
     )
     far = [
-        f"What the run has that the line has not ({what}): {why}."
+        f"How the run differs from the line ({what}): {why}."
         for what, said, took, why in checks
         if abs(said / took - 1) > 0.15
     ]
@@ -920,8 +920,8 @@ def profile_table(step: peers.StepParts) -> str:
     bound, large_bound = 32 * own / gflop, 32 * large / gflop
     text = (
         f"The step's matrix products are {gflop:.1f} GFLOP. Alone, the best of their shapes, "
-        f"{' x '.join(map(str, shape))}, reaches {own:.0f} GFLOP/s in float32 on this core, at which no "
-        f"step could be faster than {bound:.0f} images a second; this one runs at {speed:.0f}, "
+        f"{' x '.join(map(str, shape))}, reaches {own:.0f} GFLOP/s in float32 on this core, which limits "
+        f"a step to {bound:.0f} images a second; this one runs at {speed:.0f}, "
         f"{share(speed, bound)} of that. A large product, 2048 x 2048 x 2048, reaches {large:.0f} "
         f"GFLOP/s: {large_bound:.0f} images a second, {share(speed, large_bound)}."
     )
@@ -975,7 +975,7 @@ def gpu() -> str:
             "peak memory on it, MB"
         )
         tables.append(table(head, rows))
-    kept = f"{about}. The best of three epochs of {gpu_peers.IMAGES:,} made-up images."
+    kept = f"{about}. The best of three epochs of {gpu_peers.IMAGES:,} random images."
     return "\n\n".join([*tables, kept])
 
 

@@ -1,4 +1,4 @@
-"""tests/tools/compare_runs.py on run folders written by hand, and on a real one."""
+"""tests/tools/compare_runs.py on handwritten run folders and on a real one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = {
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
-    """Write a run folder with this name, speed in images/s, target, data digest and arguments."""
+    """Call to write a run folder with this name, images/s, target, data digest and arguments."""
 
     def write(
         name: str, speed: float, target: dict[str, Any], data: str = "abc", **arguments: object
