@@ -447,5 +447,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # while drawing: nothing is running yet that must be told
+    except KeyboardInterrupt:  # while drawing: there is no child process to stop yet
         sys.exit(130)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 # The project's own command on EMR, and one that fits next to a driver on a node in cluster mode.
 OWN = ["--num-executors", 2, "--executor-cores", 4, "--driver-memory", "5G"]
 SMALL = ["--num-executors", 2, "--executor-cores", 1]
-TINY = [*QUICK, "--epochs", 1]  # tracing eight models is most of a run
+TINY = [*QUICK, "--epochs", 1]  # tracing eight models takes most of a run
 NO_BUCKET = "xray_elephas.py: error: there is no bucket no-such-bucket: check --bucket"
 RUNS = "runs"  # bucket of the run whose folder does not outlast it
 IMAGES = 410  # of the sample bucket's 411, one cannot be read
@@ -69,7 +69,7 @@ class Application(NamedTuple):
     name: str  # application_…
     state: str  # SUCCEEDED, FAILED or KILLED
     attempts: int
-    logs: str  # of all its containers
+    logs: str  # of all containers
 
 
 class Run(NamedTuple):

@@ -69,7 +69,7 @@ class Ingest(NamedTuple):
         """The command lines of the session's processes."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # it has just ended
                 if os.getsid(int(folder.name)) == self.leader.pid:
                     state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
                     if state != "Z":

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 UV = Path(sys.executable).with_name("uv")
 PAGES = ["xray_gpu.md", "aws.md"]
-# glibc 2.28 is Debian 10's; EMR 7 and the AMI of Amazon Linux 2023 have 2.34.
+# Debian 10 has glibc 2.28; EMR 7 and the AMI of Amazon Linux 2023 have 2.34.
 PLATFORMS = ["x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"]
 
 

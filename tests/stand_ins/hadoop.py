@@ -167,7 +167,7 @@ def processes(host: str, command: str = "") -> list[int]:
     ).stdout
     found = []
     for pid in map(int, shown.split()):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has just ended
             if command in Path(f"/proc/{pid}/cmdline").read_text():
                 found.append(pid)
     return found

@@ -53,9 +53,9 @@ STRIDE = 32  # pixels of MobileNet's input from one value of its last feature ma
 
 # Inches.
 COLUMNS = 3
-SIDE = 1.5  # of a film and of its map
+SIDE = 1.5  # of a film, and of its map
 MARGIN = 0.12
-BETWEEN = 0.25  # two films with their maps
+BETWEEN = 0.25  # between two films with their maps
 TITLE = 0.2  # of a film
 LINE = 0.165  # of text
 HEADER = 0.95
