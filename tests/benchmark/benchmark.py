@@ -1,15 +1,14 @@
-"""Measure speed, memory and learning against what a user would write instead; writes the tables of
-docs/results.md.
+"""Measure speed, memory and learning against common alternatives; update tables in docs/results.md.
 
     pip install -r tests/benchmark/requirements.txt
-    python tests/benchmark/benchmark.py                    everything, on two idle cores
-    python tests/benchmark/benchmark.py steps pixels       these groups alone; the other tables stay as they are
-    python tests/benchmark/benchmark.py gpu                on a machine with a GPU, about 40 minutes; not in everything
+    python tests/benchmark/benchmark.py                    everything but gpu, on two idle cores, about an hour
+    python tests/benchmark/benchmark.py steps pixels       only these groups; other tables stay as they are
+    python tests/benchmark/benchmark.py gpu                on a machine with a GPU, about 40 minutes
 
-XRAY_WEIGHTS names a file of ImageNet's weights where Keras cannot download them.
+XRAY_WEIGHTS names a file with ImageNet's weights, in case Keras cannot download them.
 
-Nothing is compared with a figure of another day: the peers of a table take turns in one run. A
-ratio is that of medians. All of it takes about an hour.
+Figures of different days are never compared: the programs in a table run alternately. Ratios are of
+medians.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ import peers
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-# The scripts and what stands in for a server are in no package.
+# The scripts and the stand-in servers are in no package.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "stand_ins")]
 
 import helpers  # noqa: E402
@@ -54,13 +53,13 @@ from static_s3 import static_s3  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
 SCALING = ROOT / "docs" / "scaling.md"
-# Start of the workers that learn; a path of Keras' weights where there is no network.
+# Initial weights of the `learning` group; a path to Keras' weights if there is no network.
 WEIGHTS = os.environ.get("XRAY_WEIGHTS", "imagenet")
-LATENCY = 0.05  # seconds of a GET: what S3 takes for its first byte
+LATENCY = 0.05  # seconds per GET, S3's time to the first byte
 
 
 def arguments_of(*options: Any, **more: Any) -> argparse.Namespace:
-    """The script's arguments, and what the peers need besides."""
+    """The script's arguments, plus what the peers need."""
     return argparse.Namespace(**vars(helpers.parse(*options)), **more)
 
 
@@ -68,7 +67,7 @@ def arguments_of(*options: Any, **more: Any) -> argparse.Namespace:
 
 
 def figures(values: list[float], digits: int = 1) -> str:
-    """Median and, of several, the range."""
+    """Median and, if there are several values, the range."""
     shown = f"{statistics.median(values):,.{digits}f}"
     return (
         shown
@@ -97,7 +96,7 @@ def table(head: str, rows: list[tuple]) -> str:
 
 
 def machine() -> str:
-    """What the figures depend on: processor, cores, memory, versions, day."""
+    """A line on what the figures depend on: processor, cores, memory, versions, date."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     names = ["tensorflow", "keras", "torch", "pillow", "boto3", "pyspark", "elephas"]
@@ -117,7 +116,7 @@ def version_of(package: str) -> str:
 
 
 def put(page: Path, name: str, text: str) -> None:
-    """Put `text` between the marks of `name` on a page, in the place of what was there."""
+    """Replace the text between the marks of `name` on a page."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     old = page.read_text()
     before, after = old[: old.index(begin)], old[old.index(end) :]
@@ -127,13 +126,13 @@ def put(page: Path, name: str, text: str) -> None:
 # ---- training steps ----
 
 CPU_FLAGS = set(Path("/proc/cpuinfo").read_text().split())
-# TensorFlow turns oneDNN's kernels on by itself where the CPU has these instructions.
+# TensorFlow enables oneDNN's kernels by default if the CPU has these instructions.
 ONEDNN = "on" if "avx512_vnni" in CPU_FLAGS else "off"
 OURS = "xray_tensorflow.py"
 TRAINERS: dict[str, Callable] = {
     OURS: peers.our_training,
     f"stock Keras, default environment (oneDNN is {ONEDNN} on this CPU)": peers.stock_keras,
-    "stock Keras, the same by `fit` on arrays": peers.stock_keras_fit,
+    "stock Keras, `fit` on arrays": peers.stock_keras_fit,
     "stock Keras, oneDNN off (default without AVX-512 VNNI)": peers.stock_keras_without_onednn,
     "PyTorch eager": peers.pytorch,
     "PyTorch eager, channels last": functools.partial(peers.pytorch, channels_last=True),
@@ -150,7 +149,7 @@ TRAINERS: dict[str, Callable] = {
 
 
 def what_lacks(name: str) -> str:
-    """Why this machine cannot run the trainer; empty where it can."""
+    """Why this machine cannot run the trainer; empty if it can."""
     if "PyTorch" in name and version_of("torch") == "not installed":
         return "PyTorch is not installed"
     if "torch.compile" in name and not shutil.which("g++"):
@@ -163,22 +162,20 @@ def what_lacks(name: str) -> str:
 def compare_trainers(arguments: argparse.Namespace, rounds: int) -> dict[str, list[float]]:
     """Images a second of each trainer that this machine can run."""
     able = {name: trainer for name, trainer in TRAINERS.items() if not what_lacks(name)}
-    # Turns so long that all have warmed up again: in turns of 128 images PyTorch was a sixth slower.
+    # Long turns, so that every program warms up again: PyTorch was a sixth slower with 128 images.
     return peers.measure_in_turns(
         {name: peers.Peer(trainer, arguments, 512) for name, trainer in able.items()}, rounds
     )
 
 
 def best_of(family: str, speeds: dict[str, list[float]], without: str = "") -> str:
-    """The name of the fastest whose name begins with `family`, of those that have not the word
-    `without`.
-    """
+    """The fastest trainer whose name begins with `family` and lacks the word `without`."""
     able = [name for name in speeds if name.startswith(family) and without not in name.split(", ")]
     return max(able, key=lambda name: statistics.median(speeds[name]))
 
 
 def summary(speeds: dict[str, list[float]], ours: list[float], who: str) -> str:
-    """How many times as fast `who` is as the best of each family on this machine, by name."""
+    """How much faster `who` is than the best of each family on this machine."""
     lines = []
     for family, without in (("PyTorch", ""), ("PyTorch", "bfloat16"), ("stock Keras", "")):
         if not any(name.startswith(family) for name in speeds):
@@ -195,7 +192,7 @@ def summary(speeds: dict[str, list[float]], ours: list[float], who: str) -> str:
 
 
 def steps() -> str:
-    """Training alone: the CNN of 128 pixels, batches of 32, float32, pixels in memory, one thread."""
+    """Only training: 128 pixels, batches of 32, float32, pixels in memory, one thread."""
     arguments = arguments_of("--weights", "none", "--epochs", 1000, threads=1)
     speeds = compare_trainers(arguments, 3)
     ours = speeds[OURS]
@@ -210,9 +207,7 @@ def steps() -> str:
 
 
 def cores() -> str:
-    """What more cores give to training without Spark: TensorFlow's own threads, and processes that
-    share nothing.
-    """
+    """What more cores gain without Spark: TensorFlow's threads, or independent processes."""
     alone, both = (
         peers.Peer(
             peers.our_training,
@@ -222,14 +217,14 @@ def cores() -> str:
         for threads in (1, 2)
     )
     one, two, together = [], [], []
-    for _ in range(3):  # in turns, as the machine may not be as fast all the time
+    for _ in range(3):  # alternately, since the machine's speed may vary
         one += peers.measure_in_turns({"one": alone}, 2)["one"]
         two += peers.measure_in_turns({"two": both}, 2)["two"]
         together += peers.measure_together(alone, 2, count=2)
     rows = [
         ("xray_tensorflow.py on one core", figures(one), "1.00"),
         ("xray_tensorflow.py --threads 2", figures(two), times(two, one)),
-        ("two processes of it, which share nothing", figures(together), times(together, one)),
+        ("two independent processes of it", figures(together), times(together, one)),
     ]
     return table("128 pixels, from scratch, no Spark | images a second | against one core", rows)
 
@@ -238,14 +233,15 @@ def cores() -> str:
 
 
 def made_up_bucket(images: int, size: int = 1024, distinct: int = 40) -> dict[str, bytes]:
-    """Label file and radiographs by key: `images` of them in the sample's proportions, of
-    `distinct` files.
+    """Label file and `images` radiographs by key, repeating `distinct` files.
+
+    Findings have the sample's proportions.
     """
     rows, draw = read_rows(), random.Random(0)
     files = []
     for name, findings in rows[:distinct]:
         png = io.BytesIO()
-        # The compression that most PNGs have; the sample's own is made for quick drawing.
+        # The usual PNG compression; the sample's is chosen for fast drawing.
         Image.open(io.BytesIO(draw_radiograph(name, findings, size))).convert("L").save(png, "PNG")
         files.append(png.getvalue())
     names = [f"{image // 4 + 1:08d}_{image % 4:03d}.png" for image in range(images)]
@@ -258,9 +254,7 @@ def made_up_bucket(images: int, size: int = 1024, distinct: int = 40) -> dict[st
 def served(
     objects: dict[str, bytes], latency: float = LATENCY, processes: int = 1
 ) -> Iterator[tuple[Path, Path]]:
-    """A folder, and the credentials file of an S3 server with these objects, `latency` seconds
-    away.
-    """
+    """A folder, and credentials for an S3 server with these objects, `latency` seconds away."""
     with (
         static_s3(objects, latency, processes=processes) as endpoint,
         tempfile.TemporaryDirectory() as folder,
@@ -272,7 +266,7 @@ def served(
 
 
 def pixels() -> str:
-    """From the bucket to pixels on one core, every GET 50 ms late, and where the time goes."""
+    """Ingest on one core, 50 ms a GET, and the time of each stage."""
     objects = made_up_bucket(4000)
     files = [data for key, data in objects.items() if key.endswith(".png")][:40]
     with served(objects) as (folder, credentials):
@@ -319,7 +313,7 @@ def pixels() -> str:
         / statistics.median(naive)
         / (1 / statistics.median(ours) + 5 / statistics.median(training))
     )
-    kept = f"Five epochs with ingest: {once:.1f} times faster than fetching in each epoch (computed from the rows)."
+    kept = f"Five epochs including ingest: {once:.1f} times as fast as fetching in each epoch (computed from the rows)."
     return "\n\n".join(
         [
             table("one core | images a second | ratio", rows),
@@ -340,12 +334,12 @@ INGEST: dict[str, Callable] = {
 
 
 def processor_time(turns: list[peers.Turn]) -> float:
-    """Milliseconds of processor time of an image, the median of the turns."""
+    """Milliseconds of processor time per image, the median of the turns."""
     return statistics.median(turn.milliseconds for turn in turns)
 
 
 def stages_of_an_image(spent: list[float]) -> str:
-    """Milliseconds of the core for each part of ingest, measured alone, and what is left."""
+    """A table of the milliseconds of each part of ingest, measured alone, and of the rest."""
     *parts, whole = spent
     rest = whole - sum(parts)
     named = [*zip(INGEST, parts), ("rest: 32 threads that share the core and its cache", rest)]
@@ -356,7 +350,7 @@ def stages_of_an_image(spent: list[float]) -> str:
 
 # ---- ingest on all cores ----
 
-# Without an image to fetch, a process makes its client and sends an empty group.
+# With nothing to fetch, a process creates its client and sends an empty group.
 START = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -371,9 +365,9 @@ print(time.perf_counter() - start)
 
 
 def ingest() -> str:
-    """A process for each core against one process with as many threads, on all cores at hand."""
+    """A process per core against one process with as many threads, on all cores."""
     cores = len(os.sched_getaffinity(0))
-    images = 1500 * cores  # from 1,000 for each on, there are as many processes
+    images = 1500 * cores  # at least 1,000 each, so that every core gets a process
     rows = []
     for size, latency in ((1024, LATENCY), (1024, 0), (64, 0)):
         bucket = made_up_bucket(images, size)
@@ -390,14 +384,14 @@ def ingest() -> str:
         one, each = speeds["one"], speeds["all"]
         rows.append((what, figures(one, 0), figures(each, 0), times(each, one)))
     head = (
-        f"{images:,} images, {cores} cores, which serve S3 as well | one process, images a second "
+        f"{images:,} images, {cores} cores, which also serve S3 | one process, images a second "
         "| a process for each core | ratio"
     )
     command = [sys.executable, "-c", START, str(ROOT)]
     starts = [float(subprocess.check_output(command)) for _ in range(3)]
     kept = (
-        f"A process takes {figures(starts)} s of one core before it fetches, which the figures "
-        "include. For less than 1,000 images a core, or on one core, none is started."
+        f"The figures include the {figures(starts)} s of one core that a process takes before it "
+        "fetches. With fewer than 1,000 images a core, or on one core, none is started."
     )
     return f"{table(head, rows)}\n\n{kept}"
 
@@ -408,18 +402,16 @@ def ingest() -> str:
 def run_whole(
     script: str, options: list[Any], output: Path, workers: int = 2, master: str = ""
 ) -> dict:
-    """A script's result line; its history as `history`, and the JVM's peak memory in MB where it
-    has one.
+    """Run a script; return its result line, `history` and the JVM's peak memory in MB.
 
-    Elephas runs on `master`, or else on an executor of one core for each of `workers`.
+    Elephas runs on `master`, by default on one one-core executor per worker.
     """
     command = [Path(sys.executable), ROOT / script]
     if script == "xray_elephas.py":
         command = [
             Path(sys.executable).with_name("spark-submit"),
             *("--master", master or f"local-cluster[{workers},1,1024]"),
-            # So small that what Java has in memory is what it needs, not garbage that it had no
-            # reason to collect.
+            # A small heap, so that Java's memory is what it needs, not uncollected garbage.
             *("--driver-memory", "512m"),
             command[1],
         ]
@@ -439,15 +431,16 @@ def run_whole(
 
 
 def peak_memory(pid: int) -> int:
-    """The peak of the resident memory of a process, in MB; 0 of one that has ended."""
+    """The peak resident memory of a process in MB; 0 if it has ended."""
     status = Path(f"/proc/{pid}/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) // 977 if found else 0
 
 
 def scripts() -> str:
-    """The sequential script against Elephas with two workers of one core each: ingest, epochs,
-    memory; and these workers against two processes without Spark.
+    """The sequential script against Elephas with two one-core workers: ingest, epochs, memory.
+
+    Also compares these workers with two processes without Spark.
     """
     runs, small = {}, {}
     with served(made_up_bucket(6000)) as (folder, credentials):
@@ -518,9 +511,7 @@ def scripts() -> str:
 
 
 def against_two_processes() -> str:
-    """Two workers of Elephas, all of an epoch counted, against two processes that share nothing and
-    only train.
-    """
+    """Two Elephas workers, whole epochs, against two independent processes that only train."""
     arguments, rows = arguments_of("--weights", "none", "--epochs", 1000, threads=1), []
     for images in (3000, 12_000):
         alone = peers.Peer(peers.our_training, arguments, round(0.35 * images))
@@ -553,17 +544,13 @@ def seconds_of(run: dict) -> float:
 
 
 def learning() -> str:
-    """Seconds of training until the mean AUROC of the validation split is 0.80, and what workers
-    cost in learning.
-    """
+    """Seconds until validation AUROC reaches 0.80, and the cost of more workers in learning."""
     put(SCALING, "workers", f"{cost_of_workers()}\n\n{measured_by('learning')}")
     return seconds_to_learn()
 
 
 def seconds_to_learn() -> str:
-    """Seconds of training, validation included, until the mean AUROC of the validation split is
-    0.80.
-    """
+    """Seconds of training and validation until the mean validation AUROC reaches 0.80."""
     rows, modes = [], ("synchronous", "asynchronous", "hogwild")
     with served(sample()) as (folder, credentials):
         options = ["--credentials", credentials, "--cache", folder / "cache", *DEFAULTS]
@@ -598,8 +585,7 @@ def seconds_to_learn() -> str:
     return table(head, rows)
 
 
-# Of 32 pixels: those of the validation split tell networks apart by about 0.02, and a run takes half
-# a minute.
+# 32 pixels: a run takes half a minute, and validation resolves AUROC differences of about 0.02.
 FILMS, FILM_SIZE, FILM_EPOCHS = 1500, 32, 5
 SEEDS = (0, 1, 2)
 WORKERS = (2, 4, 8, 16)
@@ -607,7 +593,7 @@ CHART = ROOT / "docs" / "workers.svg"
 
 
 class Learner(NamedTuple):
-    """A way to train: `script` with `options`, on Spark with `slots` task slots."""
+    """A way to train: `script` with `options`; on Spark, with `slots` task slots."""
 
     name: str
     script: str
@@ -615,9 +601,7 @@ class Learner(NamedTuple):
     slots: int = 2
 
     def runs(self, credentials: Path, folder: Path, weights: str) -> list[pd.DataFrame]:
-        """The history of each seed, with `spent`: seconds of training from the start to the end of
-        each epoch.
-        """
+        """The history for each seed, plus `spent`, the cumulative seconds of training."""
         histories = []
         for seed in SEEDS:
             result = run_whole(
@@ -636,13 +620,13 @@ class Learner(NamedTuple):
 
 
 def learners() -> list[Learner]:
-    """N workers, one process with the N-fold batch, and the asynchronous modes."""
+    """N workers, one process with an N-fold batch, and the asynchronous modes."""
     rate = helpers.parse().learning_rate
     one, many = "xray_tensorflow.py", "xray_elephas.py"
     found = [Learner("one process", one, [])]
     found += [Learner(f"{count} workers", many, ["--workers", count]) for count in WORKERS]
     for count in WORKERS:
-        # Adam's rate for an N-fold batch: Malladi et al., NeurIPS 2022, arXiv:2205.10287.
+        # Adam's learning rate for an N-fold batch: Malladi et al., NeurIPS 2022, arXiv:2205.10287.
         words = ["--batch-size", 8 * count, "--learning-rate", rate * count**0.5]
         found.append(Learner(f"one process, {count}-fold batch", one, words))
     words = ["--workers", 8, "--learning-rate", rate * 8**0.5]
@@ -655,7 +639,7 @@ def learners() -> list[Learner]:
 
 
 def cost_of_workers() -> str:
-    """Validation AUROC of N workers beside one process with the N-fold batch; writes CHART."""
+    """Validation AUROC of N workers and of one process with an N-fold batch; writes CHART."""
     histories = {}
     with served(drawn_bucket(FILMS, FILM_SIZE)) as (folder, credentials):
         for learner in learners():
@@ -674,7 +658,7 @@ def cost_of_workers() -> str:
         for name, runs in histories.items()
     ]
     head = (
-        f"{FILMS:,} drawn films of {FILM_SIZE} pixels, batches of 8: validation AUROC | "
+        f"{FILMS:,} synthetic films of {FILM_SIZE} pixels, batches of 8: validation AUROC | "
         f"epoch 1 | epoch 3 | epoch {FILM_EPOCHS} | best epoch | seconds of training, two cores"
     )
     chart = f"![Validation AUROC by epochs and by seconds for 2 to 16 workers]({CHART.name})"
@@ -682,7 +666,7 @@ def cost_of_workers() -> str:
 
 
 def drawn_bucket(images: int, size: int) -> dict[str, bytes]:
-    """Label file and radiographs by key, of one patient each, which show what their labels say."""
+    """Label file and synthetic radiographs that match their labels, by key, one per patient."""
     rows, draw = read_rows(), random.Random(0)
     named = [(f"{image + 1:08d}_000.png", draw.choice(rows)[1]) for image in range(images)]
     films = {f"images/{name}": draw_radiograph(name, found, size) for name, found in named}
@@ -690,9 +674,7 @@ def drawn_bucket(images: int, size: int) -> dict[str, bytes]:
 
 
 def draw_workers(histories: dict[str, list[pd.DataFrame]]) -> None:
-    """The chart of validation AUROC by epochs and by seconds: median of the seeds, and their
-    range.
-    """
+    """Draw validation AUROC by epochs and by seconds: median and range of the seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     shown = [name for name in histories if re.fullmatch(r"\d+ workers?", name)]
     for index, name in enumerate(shown):
@@ -722,12 +704,13 @@ def sample() -> dict[str, bytes]:
     return {"Data_Entry_2017_v2020.csv": SAMPLE_LABELS.read_bytes(), **images}
 
 
-# ---- how cost grows ----
+# ---- how costs grow ----
 
 
 def growth() -> str:
-    """Training by pixels, ingest and memory by images, an epoch's overhead by workers: lines fitted
-    to three points each, and held against runs that they were not fitted to.
+    """Fit costs linearly to three points each, and check the lines against held-out runs.
+
+    Training by pixels, ingest and memory by images, an epoch's overhead by workers.
     """
     sizes = {
         size: peers.Peer(
@@ -744,8 +727,7 @@ def growth() -> str:
     with served(made_up_bucket(2400)) as (folder, credentials):
         options = ["--credentials", credentials, "--epochs", 1]
         ingest, memory = {}, []
-        # The runs that are not fitted to stand before and after those that are, as the machine may
-        # not be as fast all the time.
+        # Held-out runs before and after the fitted ones, since the machine's speed may vary.
         one = held_out("xray_tensorflow.py", folder, credentials)
         for count in (300, 900, 1800):
             words = [*options, "--limit", count, "--cache", folder / f"cache-{count}"]
@@ -788,11 +770,11 @@ def growth() -> str:
     return "\n\n".join(parts)
 
 
-HELD_OUT_SIZE = 160  # pixels a side of the runs that the lines are held against
+HELD_OUT_SIZE = 160  # pixels a side of the held-out runs
 
 
 def held_out(script: str, folder: Path, credentials: Path) -> dict:
-    """A run of more images than the lines are fitted to, and of another size."""
+    """A run with more images than the fitted ones, and of another size."""
     words = ["--image-size", HELD_OUT_SIZE, "--epochs", 2, "--cache", folder / f"held-{script}"]
     return run_whole(script, ["--credentials", credentials, *words], folder / f"held-out-{script}")
 
@@ -804,9 +786,7 @@ def held_against(
     ingest: tuple[float, float],
     overhead: tuple[float, float],
 ) -> str:
-    """What the lines say of the held-out runs of one core and of two workers, against what they
-    took.
-    """
+    """The lines' predictions for the held-out runs (one core, two workers) and the measurements."""
     images, training = sum(one["images"].values()), one["images"]["train"]
     epoch = training * (step[0] * HELD_OUT_SIZE**2 / 1000 + step[1]) / 1000
     checks = [
@@ -814,20 +794,20 @@ def held_against(
             "ingest, one core",
             ingest[0] * images / 1000 + ingest[1],
             one["ingest"]["seconds"],
-            "its images are larger in the store than those of the line",
+            "its stored images are larger than those of the fitted runs",
         ),
         (
             "an epoch, one core",
             epoch,
             steady(one),
-            "it trains in a whole script, the line's points are steps on pixels in memory",
+            "it trains in a whole script; the fitted points are steps on pixels in memory",
         ),
         (
             "an epoch, two workers",
             epoch / 2 + overhead[0] * 2 + overhead[1],
             steady(two),
-            f"it deals {images:,} images anew in each epoch, the line's points 300 of 64 pixels, "
-            "and the line has workers alone",
+            f"it redistributes {images:,} images in each epoch, the fitted runs 300 of 64 pixels, "
+            "and the line depends only on workers",
         ),
     ]
     rows = [
@@ -835,11 +815,11 @@ def held_against(
         for what, said, took, _ in checks
     ]
     head = (
-        f"{images:,} images of {HELD_OUT_SIZE} pixels, which the lines are not fitted to | "
+        f"{images:,} images of {HELD_OUT_SIZE} pixels, not used in the fit | "
         "seconds by the lines | measured | difference"
     )
     far = [
-        f"What the run has that the line has not ({what}): {why}."
+        f"How the run differs from the line ({what}): {why}."
         for what, said, took, why in checks
         if abs(said / took - 1) > 0.15
     ]
@@ -847,12 +827,12 @@ def held_against(
 
 
 def steady(run: dict) -> float:
-    """Median seconds of the epochs after the first, validation left out."""
+    """Median seconds of the epochs after the first, excluding validation."""
     return run["history"]["seconds"][1:].median()
 
 
 def line(points: dict[float, float]) -> tuple[float, float]:
-    """Slope and constant of the line with the least squares of relative residuals."""
+    """Slope and constant of the line with the least squared relative residuals."""
     x, y = np.array([*points]), np.array([*points.values()])
     slope, constant = np.polyfit(x, y, 1, w=1 / y)
     return slope, constant
@@ -874,7 +854,7 @@ def growth_table(
 def extrapolated(
     step: tuple[float, float], ingest: tuple[float, float], overhead: tuple[float, float]
 ) -> str:
-    """Hours for all of ChestX-ray14 at 128 pixels on cores like these, by the fitted lines."""
+    """Hours for all of ChestX-ray14 at 128 pixels on such cores, by the fitted lines."""
     images, training = 112_120, 0.7 * 112_120
     image = (step[0] * 128**2 / 1000 + step[1]) / 1000  # seconds
     reading, rows = ingest[0] * images / 1000 + ingest[1], []
@@ -900,14 +880,14 @@ def extrapolated(
 
 
 def profile() -> str:
-    """The parts of a training step, and the share of the core's peak that the step reaches."""
+    """The parts of a training step, and the share of the core's peak that it reaches."""
     return profile_table(
         peers.measure_once(peers.step_parts, arguments_of("--weights", "none", threads=1))
     )
 
 
 def profile_table(step: peers.StepParts) -> str:
-    """Raises SystemExit where the parts are not a step's, or faster than matrix products can be."""
+    """A table of the step's parts. Raises SystemExit if they do not add up or exceed the peak."""
     whole, large = step.whole, step.rates[2048, 2048, 2048]
     shape = max(step.rates.keys() - {(2048, 2048, 2048)}, key=lambda shape: step.rates[shape])
     peak = max(large, step.rates[shape])
@@ -940,8 +920,8 @@ def profile_table(step: peers.StepParts) -> str:
     bound, large_bound = 32 * own / gflop, 32 * large / gflop
     text = (
         f"The step's matrix products are {gflop:.1f} GFLOP. Alone, the best of their shapes, "
-        f"{' x '.join(map(str, shape))}, reaches {own:.0f} GFLOP/s in float32 on this core, at which no "
-        f"step could be faster than {bound:.0f} images a second; this one runs at {speed:.0f}, "
+        f"{' x '.join(map(str, shape))}, reaches {own:.0f} GFLOP/s in float32 on this core, which limits "
+        f"a step to {bound:.0f} images a second; this one runs at {speed:.0f}, "
         f"{share(speed, bound)} of that. A large product, 2048 x 2048 x 2048, reaches {large:.0f} "
         f"GFLOP/s: {large_bound:.0f} images a second, {share(speed, large_bound)}."
     )
@@ -957,7 +937,7 @@ def share(part: float, whole: float) -> str:
 
 
 def ours_on_gpu(precision: str, xla: bool, host: bool) -> tuple[str, dict[str, Any]]:
-    """A name for xray_gpu.py so run, and what gpu_peers.ours needs."""
+    """A name for xray_gpu.py with these options, and the arguments of gpu_peers.ours."""
     compiler, where = "XLA" if xla else "no XLA", "host" if host else "GPU"
     name = f"xray_gpu.py, {precision}, {compiler}, pixels on the {where}"
     return name, {"prepare": gpu_peers.ours, "precision": precision, "xla": xla, "host": host}
@@ -983,9 +963,9 @@ GPU_PEERS: dict[str, dict[str, Any]] = {
 
 
 def gpu() -> str:
-    """Training on one GPU: the CNN of 128 pixels from scratch, one program after the other."""
+    """Training on one GPU at 128 pixels from scratch, one program after the other."""
     about = about_gpu()
-    # nvidia-smi counts by the bus, CUDA by speed unless told.
+    # nvidia-smi numbers GPUs by bus, CUDA by default by speed.
     os.environ.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES="0")
     tables = []
     for batch_size in GPU_BATCHES:
@@ -995,12 +975,12 @@ def gpu() -> str:
             "peak memory on it, MB"
         )
         tables.append(table(head, rows))
-    kept = f"{about}. The best of three epochs of {gpu_peers.IMAGES:,} made-up images."
+    kept = f"{about}. The best of three epochs of {gpu_peers.IMAGES:,} random images."
     return "\n\n".join([*tables, kept])
 
 
 def about_gpu() -> str:
-    """Name, driver and memory of the first GPU. Exits with one line where there is none."""
+    """Name, driver and memory of the first GPU. Exits with one line if there is none."""
     if shutil.which("nvidia-smi"):
         query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader", "--id=0"]
         asked = subprocess.run(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
@@ -1028,7 +1008,7 @@ GROUPS = {
     group.__name__: group
     for group in (steps, profile, cores, pixels, ingest, scripts, learning, growth)
 }
-ELSEWHERE = {"gpu": gpu}  # on a machine of its own
+ELSEWHERE = {"gpu": gpu}  # needs another machine
 
 
 def main() -> None:
@@ -1041,7 +1021,7 @@ def main() -> None:
     chosen = parser.parse_args().groups
     if not chosen:
         put(RESULTS, "machine", measured_by(""))
-        for group in GROUPS:  # a run that fails leaves no table of another day under that line
+        for group in GROUPS:  # so that a failed run leaves no old table under the new date
             put(RESULTS, group, "Not measured.")
     for group in chosen or GROUPS:
         start = time.perf_counter()
@@ -1051,7 +1031,7 @@ def main() -> None:
 
 
 def measured_by(group: str) -> str:
-    """The line that says on which machine, when and by which command."""
+    """A line with the machine, the date and the command."""
     command = f"python tests/benchmark/benchmark.py {group}".rstrip()
     return f"*{machine()}; `{command}`*"
 

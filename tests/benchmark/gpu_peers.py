@@ -1,5 +1,6 @@
-"""What `benchmark.py gpu` measures on one GPU, each in a process of its own and one after the other:
-together they need more memory than a GPU has.
+"""What `benchmark.py gpu` measures on one GPU, one after the other, each in its own process.
+
+Together they would not fit in a GPU's memory.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import peers
 
-IMAGES = 40 * 512  # an epoch: whole batches of every size that is measured
-# What prepares a peer gives an epoch of training, and the peak of its memory on the GPU in bytes.
+IMAGES = 40 * 512  # an epoch: a multiple of every batch size
+# A peer's training epoch, and a function for its peak GPU memory in bytes.
 Prepared = tuple[Callable[[], Any], Callable[[], int]]
 
 
 class Figures(NamedTuple):
-    """What a peer takes; a step's first time is what the first epoch takes more than later ones."""
+    """A peer's figures. The first step's time is the extra time of the first epoch."""
 
     images_per_second: float
     first_step: float  # seconds
@@ -34,7 +35,7 @@ class Figures(NamedTuple):
 
 
 def measure(arguments: Namespace) -> Figures | None:
-    """The figures of `arguments.prepare`; None where the GPU has not enough memory for it."""
+    """The figures of `arguments.prepare`; None if the GPU has too little memory."""
     try:
         epoch, peak_memory = arguments.prepare(arguments)
         with redirect_stdout(io.StringIO()):
@@ -42,7 +43,7 @@ def measure(arguments: Namespace) -> Figures | None:
             with watched() as busy:
                 later = [seconds_of(epoch) for _ in range(3)]
     except Exception as error:
-        # TensorFlow, XLA and PyTorch raise errors of their own.
+        # TensorFlow, XLA and PyTorch each raise their own errors.
         if not any(words in str(error) for words in ("OOM", "ut of memory", "emory is too small")):
             raise
         return None
@@ -60,7 +61,7 @@ def seconds_of(epoch: Callable[[], Any]) -> float:
 
 @contextmanager
 def watched() -> Iterator[list[float]]:
-    """How busy GPU 0 is in the block: percent, ten times a second."""
+    """GPU 0's utilisation during the block: percent, ten samples a second."""
     query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     command = ["nvidia-smi", *query, "--id=0", "--loop-ms=100"]
     busy: list[float] = []
@@ -73,7 +74,7 @@ def watched() -> Iterator[list[float]]:
 
 
 def ours(arguments: Namespace) -> Prepared:
-    """xray_gpu.py in `precision`, with `xla` or without, its pixels on the GPU or on the `host`."""
+    """xray_gpu.py in `precision`, with or without `xla`, its pixels on the GPU or on the `host`."""
     import pandas as pd
 
     import xray_gpu as xray
@@ -91,7 +92,7 @@ def ours(arguments: Namespace) -> Prepared:
 
 
 def stock_keras(arguments: Namespace) -> Prepared:
-    """Keras' layers as they are, compiled and fitted on arrays as Keras' guides have it."""
+    """Keras' layers unchanged, compiled and fitted on arrays as Keras' guides recommend."""
     import xray_gpu as xray
 
     xray.set_up_gpus(arguments.precision)
@@ -105,9 +106,9 @@ def stock_keras(arguments: Namespace) -> Prepared:
 
 
 def pytorch(arguments: Namespace) -> Prepared:
-    """The same CNN in PyTorch, channels last, in bfloat16, pixels on the GPU; `compiled` or eager.
+    """The same CNN in PyTorch, channels last, bfloat16, pixels on the GPU; `compiled` or eager.
 
-    Compiled, a step is CUDA graphs.
+    If compiled, a step runs as CUDA graphs.
     """
     import torch
 

@@ -1,8 +1,6 @@
-"""What benchmark.py measures, each in a process of its own that is held to its cores and works when
-it is told to.
+"""What benchmark.py measures, each in its own process, pinned to its cores and working on demand.
 
-The processes stay alive and take turns: their figures of one round stand next to each other in
-time.
+The processes stay alive and run alternately, so the figures of a round are close in time.
 """
 
 from __future__ import annotations
@@ -31,9 +29,7 @@ LABELS = 15
 
 
 class Peer(NamedTuple):
-    """What takes turns with others: `prepare(arguments, images)` gives a call that works on so many
-    images.
-    """
+    """A program to measure: `prepare(arguments, images)` returns a call that processes them."""
 
     prepare: Callable[[Namespace, int], Callable[[], Any]]
     arguments: Namespace
@@ -41,15 +37,16 @@ class Peer(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What one call took: images a second, and milliseconds of processor time an image."""
+    """The speed of one call, and its processor time per image in milliseconds."""
 
     images_per_second: float
     milliseconds: float
 
 
 def made_up(arguments: Namespace, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 (images, size, size) and labels float32 (images, 15): what they show does not
-    change the speed.
+    """Random pixels uint8 (images, size, size) and labels float32 (images, 15).
+
+    Their content does not affect the speed.
     """
     random, size = np.random.default_rng(0), arguments.image_size
     return random.integers(0, 256, (images, size, size), np.uint8), random.random(
@@ -73,8 +70,9 @@ def our_training(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def stock_keras(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """An epoch of the same CNN with Keras' layers as they are, compiled as Keras' guides have it, a
-    step at a time.
+    """An epoch of the same CNN with Keras' unchanged layers, a step at a time.
+
+    Compiled as Keras' guides recommend.
     """
     model, pixels, truth = stock_model(arguments, images)
 
@@ -87,15 +85,13 @@ def stock_keras(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def stock_keras_without_onednn(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The same with the kernels that TensorFlow takes by default on CPUs without AVX-512 VNNI."""
+    """The same with TensorFlow's default kernels for CPUs without AVX-512 VNNI."""
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
     return stock_keras(arguments, images)
 
 
 def stock_keras_fit(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The same by `fit` on arrays: tf.data's autotuner holds up the end of an epoch until it
-    wakes.
-    """
+    """The same by `fit` on arrays; tf.data's autotuner delays the end of each epoch."""
     model, pixels, truth = stock_model(arguments, images)
     return lambda: model.fit(pixels, truth, arguments.batch_size, verbose=0)
 
@@ -144,10 +140,10 @@ def pytorch(
     compiled: bool = False,
     bfloat16: bool = False,
 ) -> Callable[[], Any]:
-    """An epoch of it: eager, in PyTorch's default memory format and float32, or as asked for.
+    """An epoch of it in PyTorch: by default eager, in the default memory format, in float32.
 
-    Channels last is what PyTorch's guide recommends for convolutions on CPUs; with `bfloat16` the
-    forward pass is under autocast, which needs no scaling of the loss.
+    PyTorch's guide recommends channels last for convolutions on CPUs. With `bfloat16` the forward
+    pass is under autocast, which needs no loss scaling.
     """
     import torch
 
@@ -173,9 +169,7 @@ def pytorch(
 
 
 def our_ingest(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """xray_tensorflow.py's way from the bucket to pixels, with nothing in the cache: fetch, decode,
-    resize, store.
-    """
+    """xray_tensorflow.py's ingest with an empty cache: fetch, decode, resize, store."""
     caches = itertools.count()
 
     def ingest() -> None:
@@ -186,7 +180,7 @@ def our_ingest(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def ingest_by_one(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The same by one process, whatever the cores."""
+    """The same in one process, whatever the number of cores."""
     import xray_tensorflow as xray
 
     xray.WORTH_A_PROCESS = 10**9
@@ -194,7 +188,7 @@ def ingest_by_one(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def our_cached_start(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The pixels of images that a run before has put into the cache."""
+    """The pixels of images that an earlier run has cached."""
     import xray_tensorflow as xray
 
     arguments.cache = f"{arguments.folder}/full-cache"
@@ -232,7 +226,7 @@ def bare_decoding(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def bare_fetching(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The GETs alone, by as many threads as ingest has."""
+    """Only the GETs, on as many threads as ingest uses."""
     import xray_tensorflow as xray
 
     client = xray.connect(xray.read_credentials(arguments.credentials), arguments)
@@ -249,7 +243,7 @@ def bare_fetching(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def bare_verifying(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """The check of the PNGs' checksums alone, from memory."""
+    """Only the check of the PNGs' checksums, from memory."""
     from PIL import Image
 
     files = list(itertools.islice(itertools.cycle(arguments.files), images))
@@ -262,9 +256,7 @@ def bare_verifying(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def bare_resizing(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """From decoded images in memory to the pixels of a run, as xray_tensorflow.py's `decode` does
-    it.
-    """
+    """From decoded images in memory to a run's pixels, as by xray_tensorflow.py's `decode`."""
     from PIL import Image
 
     opened = [Image.open(io.BytesIO(file)) for file in arguments.files]
@@ -281,7 +273,7 @@ def bare_resizing(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def bare_storing(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """Ingest of images that are there already: list, labels, checksums of the pixels, SQLite."""
+    """Ingest without fetching or decoding: list, labels, checksums of the pixels, SQLite."""
     import xray_tensorflow as xray
 
     image = np.zeros((arguments.image_size, arguments.image_size), np.uint8)
@@ -290,9 +282,7 @@ def bare_storing(arguments: Namespace, images: int) -> Callable[[], Any]:
 
 
 def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], Any]:
-    """What many public scripts do: in each step fetch and decode the images of the batch, and train
-    stock Keras.
-    """
+    """Train stock Keras as many public scripts do: fetch and decode each batch in each step."""
     import boto3
     import tensorflow as tf
     import yaml
@@ -327,7 +317,7 @@ def training_from_the_bucket(arguments: Namespace, images: int) -> Callable[[], 
 
 # ---- the parts of a step ----
 
-# By the name of the operation, which has the layer's; the first that fits.
+# By a pattern in the operation's name, which includes the layer's; the first match counts.
 PARTS = {
     "Adam": r"^adam(_\d+)?/",
     "batch normalisation": "_bn_",
@@ -340,8 +330,10 @@ PARTS = {
 
 
 class StepParts(NamedTuple):
-    """Of one training step: milliseconds by part, GFLOP of the parts that are matrix products,
-    milliseconds of the whole, and GFLOP/s of matrix products alone by their shapes.
+    """Costs of one training step.
+
+    Milliseconds by part, GFLOP of the parts that are matrix products, milliseconds of the whole
+    step, and GFLOP/s of matrix products alone, by shape.
     """
 
     milliseconds: dict[str, float]
@@ -351,10 +343,10 @@ class StepParts(NamedTuple):
 
 
 def step_parts(arguments: Namespace) -> StepParts:
-    """The parts of a training step of xray_tensorflow.py, by TensorFlow's own profiler.
+    """The parts of a training step of xray_tensorflow.py, from TensorFlow's own profiler.
 
-    It times each operation within the step. Measured alone, an output that nobody uses would not
-    be computed, and what a part reads would be in the cache already.
+    It times each operation within the step. If a part were measured alone, unused outputs would not
+    be computed, and its inputs would already be in the cache.
     """
     import tensorflow as tf
 
@@ -390,7 +382,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def operations_of(folder: str) -> dict[str, float]:
-    """Milliseconds of each operation of a graph, by name, in the profile that lies in `folder`."""
+    """Milliseconds of each operation of a graph, by name, from the profile in `folder`."""
     from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
 
     (file,) = Path(folder).rglob("*.xplane.pb")
@@ -431,7 +423,7 @@ def rate_of(m: int, k: int, n: int) -> float:
     """GFLOP/s of the matrix product (m, k) x (k, n), the fastest of five."""
     import tensorflow as tf
 
-    # A sum over the long axis, the gradient of a kernel, has its first factor transposed.
+    # A sum over the long axis, as in a kernel's gradient, has its first factor transposed.
     transposed = k > m and k > n
     one = tf.random.normal((k, m) if transposed else (m, k))
     product = tf.function(lambda a, b: tf.matmul(a, b, transpose_a=transposed))
@@ -440,11 +432,11 @@ def rate_of(m: int, k: int, n: int) -> float:
     return 2e-6 * m * k * n / min(milliseconds(lambda: product(one, other)) for _ in range(5))
 
 
-# ---- processes that take turns ----
+# ---- processes that run alternately ----
 
 
 def work(peer: Peer, pipe: Connection) -> None:
-    """In the peer's process: make it ready, and answer each message with a turn."""
+    """In the peer's process: prepare it, then answer each message with a turn."""
     import xray_tensorflow as xray
 
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
@@ -461,7 +453,7 @@ def work(peer: Peer, pipe: Connection) -> None:
 
 @contextmanager
 def started(peers: dict[Any, Peer]) -> Iterator[dict[Any, Connection]]:
-    """A process for each peer, ready for its turns. Raises EOFError for one that fails."""
+    """Start a process for each peer and wait until it is ready. Raises EOFError if one fails."""
     context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
     os.environ.pop("TF_ENABLE_ONEDNN_OPTS", None)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -470,7 +462,7 @@ def started(peers: dict[Any, Peer]) -> Iterator[dict[Any, Connection]]:
             pipes[name], its = context.Pipe()
             processes.append(context.Process(target=work, args=(peer, its)))
             processes[-1].start()
-            its.close()  # so that the end of the process ends the pipe
+            its.close()  # the pipe closes with the process
             pipes[name].recv()
         yield pipes
     finally:
@@ -479,7 +471,7 @@ def started(peers: dict[Any, Peer]) -> Iterator[dict[Any, Connection]]:
 
 
 def measure_once(peer: Callable, arguments: Namespace) -> Any:
-    """What `peer` gives, in a process of its own."""
+    """The result of `peer`, called in its own process."""
     with multiprocessing.get_context("spawn").Pool(1, hold, (arguments.threads,)) as pool:
         return pool.apply(peer, (arguments,))
 
@@ -491,7 +483,7 @@ def hold(threads: int) -> None:
 
 
 def take_turns(peers: dict[Any, Peer], rounds: int) -> dict[Any, list[Turn]]:
-    """The turns of each peer, one in each round."""
+    """The turns of each peer, one per round."""
     turns: dict[Any, list[Turn]] = {name: [] for name in peers}
     with started(peers) as pipes:
         for _ in range(rounds):
@@ -511,7 +503,7 @@ def measure_in_turns(peers: dict[Any, Peer], rounds: int) -> dict[Any, list[floa
 
 
 def measure_together(peer: Peer, rounds: int, count: int) -> list[float]:
-    """Images a second of `count` processes of `peer` together, each on a core of its own."""
+    """Images a second of `count` simultaneous processes of `peer`, each on its own core."""
     cores, speeds = os.sched_getaffinity(0), []
     with ExitStack() as stack:
         pipes: list[Connection] = []

@@ -1,6 +1,6 @@
-"""xray_elephas.py on a Spark cluster of three hosts, which are network namespaces of this machine.
+"""xray_elephas.py on a Spark cluster of three hosts that are network namespaces of this machine.
 
-Needs root's right to make them, and Debian's iproute2.
+Needs root to create them, and Debian's iproute2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from helpers import QUICK, ROOT, SECRETS, as_options, edited, free_port, result_
 from sample_bucket import BUCKET, connect, fill_bucket, read_rows, serve, write_credentials
 
 SPARK = Path(pytest.importorskip("pyspark").__file__).parent / "bin" / "spark-class"
-DRIVER = "10.77.0.1"  # and 10.77.0.2, 10.77.0.3 for the executors' hosts
+DRIVER = "10.77.0.1"  # the executors' hosts are 10.77.0.2 and 10.77.0.3
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +53,7 @@ def hosts() -> Iterator[list[str]]:
 
 
 class Cluster(NamedTuple):
-    """A standalone cluster: its master's URL, and credentials for an S3 server that its hosts
-    reach.
-    """
+    """A standalone cluster's master URL, and credentials for an S3 server that its hosts reach."""
 
     master: str
     credentials: Path
@@ -104,7 +102,7 @@ def wait_for(host: str, port: int) -> None:
 
 
 def submit(cluster: Cluster, folder: Path, *options: Any) -> Any:
-    """Run the script on the cluster's two hosts: its result and what it printed."""
+    """Run the script on the cluster's two hosts; return its result and output."""
     settings = ["--conf", f"spark.driver.host={DRIVER}", "--conf", "spark.executor.instances=2"]
     command = [
         Path(sys.executable).with_name("spark-submit"),

@@ -1,8 +1,7 @@
-"""xray_elephas.py on YARN and HDFS, set up as EMR does it: stand_ins/hadoop.py says how, and what
-it needs.
+"""xray_elephas.py on YARN and HDFS, configured like EMR by stand_ins/hadoop.py.
 
-Eight TensorFlow workers share this machine's cores here: the runs are as small as they can be, and
-still take minutes.
+See that file for requirements. Eight TensorFlow workers share this machine's cores: the runs are as
+small as possible, but still take minutes.
 """
 
 from __future__ import annotations
@@ -31,13 +30,12 @@ from stand_ins import hadoop
 
 pytestmark = pytest.mark.slow
 
-# The project's own command on EMR, and as much of it as fits beside a driver on a node in cluster
-# mode.
+# The project's own command on EMR, and one that fits next to a driver on a node in cluster mode.
 OWN = ["--num-executors", 2, "--executor-cores", 4, "--driver-memory", "5G"]
 SMALL = ["--num-executors", 2, "--executor-cores", 1]
-TINY = [*QUICK, "--epochs", 1]  # tracing eight models is most of a run
+TINY = [*QUICK, "--epochs", 1]  # tracing eight models takes most of a run
 NO_BUCKET = "xray_elephas.py: error: there is no bucket no-such-bucket: check --bucket"
-RUNS = "runs"  # the bucket of the run that has no folder which outlasts it
+RUNS = "runs"  # bucket of the run whose folder does not outlast it
 IMAGES = 410  # of the sample bucket's 411, one cannot be read
 
 
@@ -52,7 +50,7 @@ class Yarn(NamedTuple):
 def yarn(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Yarn]:
-    """The cluster; a parameter is the memory in MB that a node declares."""
+    """The cluster; a parameter sets the memory in MB that each node declares."""
     if needs := hadoop.missing_needs():
         pytest.skip(f"this machine lacks {', '.join(needs)}")
     folder = tmp_path_factory.mktemp("yarn")
@@ -66,16 +64,16 @@ def yarn(
 
 
 class Application(NamedTuple):
-    """What YARN tells of a run."""
+    """YARN's report on a run."""
 
     name: str  # application_…
     state: str  # SUCCEEDED, FAILED or KILLED
     attempts: int
-    logs: str  # of all its containers
+    logs: str  # of all containers
 
 
 class Run(NamedTuple):
-    """A run of the script on the cluster, from the folder where it was started."""
+    """A run of the script on the cluster, and the folder it started in."""
 
     folder: Path
     finished: subprocess.CompletedProcess
@@ -83,13 +81,13 @@ class Run(NamedTuple):
 
 
 def newest() -> dict[str, Any]:
-    """The application that YARN has been given last."""
+    """The newest application on YARN."""
     applications = (hadoop.ask("/ws/v1/cluster/apps").get("apps") or {}).get("app", [])
     return max(applications, key=lambda application: application["startedTime"], default={})
 
 
 def look_back(cluster: hadoop.Cluster) -> Application:
-    """The application that has ended last, once its logs lie in HDFS."""
+    """The last application to end, once its logs are in HDFS."""
     deadline = time.monotonic() + 60
     while newest()["logAggregationStatus"] not in ("SUCCEEDED", "FAILED", "TIME_OUT"):
         assert time.monotonic() < deadline, newest()
@@ -101,9 +99,7 @@ def look_back(cluster: hadoop.Cluster) -> Application:
 
 
 def run_command(command: list[Any], folder: Path) -> subprocess.CompletedProcess:
-    """Run a command to its end in `folder`. Fails where what it printed shows a secret, and after a
-    quarter hour.
-    """
+    """Run a command in `folder`. Fails if its output shows a secret, or after 15 minutes."""
     words = [str(word) for word in command]
     finished = subprocess.run(
         words, cwd=folder, check=False, capture_output=True, text=True, timeout=900
@@ -115,9 +111,7 @@ def run_command(command: list[Any], folder: Path) -> subprocess.CompletedProcess
 def spark_submit(
     yarn: Yarn, folder: Path, words: list[Any], options: list[Any]
 ) -> subprocess.CompletedProcess:
-    """Run the script, as it lies with its credentials alone in `folder`, on the cluster's
-    master.
-    """
+    """Run the script, alone with its credentials in `folder`, on the cluster's master."""
     shutil.copy(ROOT / "xray_elephas.py", folder)
     shutil.copy(yarn.credentials, folder / "credentials.yml")
     command = [yarn.cluster.command, "spark-submit", *words, "xray_elephas.py", *options]
@@ -125,19 +119,19 @@ def spark_submit(
 
 
 def submit(yarn: Yarn, folder: Path, words: list[Any], options: list[Any]) -> Run:
-    """spark_submit, and what YARN tells of it."""
+    """Run spark_submit; return the run with YARN's report."""
     finished = spark_submit(yarn, folder, words, options)
     return Run(folder, finished, look_back(yarn.cluster))
 
 
 def result_of(printed: str) -> dict[str, Any]:
-    """The result line, wherever it stands in what a run printed or logged."""
+    """The result line, wherever it is in the output or logs."""
     (line,) = re.findall(r'^\{"script": .*\}$', printed, re.MULTILINE)
     return json.loads(line)
 
 
 def losses(folder: Path) -> np.ndarray:
-    """What history.csv says of each epoch but its times."""
+    """Each epoch's losses in history.csv."""
     with (folder / "history.csv").open() as file:
         return np.array(
             [[float(row["loss"]), float(row["validation_loss"])] for row in csv.DictReader(file)]
@@ -145,9 +139,7 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def memory_of(cluster: hadoop.Cluster, application: str) -> dict[str, float]:
-    """The most that each container of an application took of its memory, as a share of what it was
-    given.
-    """
+    """Each container's peak memory, as a share of its limit."""
     units = {"KB": 1 / 1024, "MB": 1, "GB": 1024}
     number = application[len("application_") :]
     line = re.compile(
@@ -162,22 +154,18 @@ def memory_of(cluster: hadoop.Cluster, application: str) -> dict[str, float]:
 
 
 def files_with_secrets(cluster: hadoop.Cluster) -> list[Path]:
-    """Files of all hosts that hold a secret: local folders, logs, and HDFS, whose blocks are files
-    on the nodes.
-    """
+    """Files of all hosts that hold a secret, in local folders, logs and HDFS blocks."""
     found = []
-    for folder, _, names in os.walk(cluster.folder):  # which passes over folders that go meanwhile
+    for folder, _, names in os.walk(cluster.folder):  # it skips folders that vanish
         for path in (Path(folder, name) for name in names):
-            with contextlib.suppress(OSError):  # it has gone meanwhile
+            with contextlib.suppress(OSError):  # it has just been removed
                 if path.is_file() and secrets_in(path.read_bytes()):
                     found.append(path)
     return found
 
 
 class Watcher(threading.Thread):
-    """Looks for secrets on all hosts as long as a run lasts: most of what YARN writes for it goes
-    with it.
-    """
+    """Looks for secrets on all hosts during a run, since YARN then deletes most of its files."""
 
     def __init__(self, cluster: hadoop.Cluster) -> None:
         super().__init__(daemon=True)
@@ -193,8 +181,8 @@ class Watcher(threading.Thread):
             self.looked += 1
 
     def look_at(self, process: Path) -> None:
-        """At what ps would show of a process."""
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        """Look at what ps would show of a process."""
+        with contextlib.suppress(OSError):  # it has just ended
             command = (process / "cmdline").read_bytes()
             if secrets_in(command + (process / "environ").read_bytes()):
                 self.commands.add(command)
@@ -202,7 +190,7 @@ class Watcher(threading.Thread):
 
 @pytest.fixture(scope="module")
 def watched(yarn: Yarn, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Watcher]:
-    """The project's own command, word for word, in client mode; its cache is the default."""
+    """The project's own command, word for word, in client mode, with the default cache."""
     watcher = Watcher(yarn.cluster)
     watcher.start()
     run = submit(yarn, tmp_path_factory.mktemp("client"), OWN, [*TINY, "--output", "run"])
@@ -219,7 +207,7 @@ def client(watched: tuple[Run, Watcher]) -> Run:
 
 @pytest.fixture(scope="module")
 def in_cluster_mode(yarn: Yarn, client: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The project's second command; what it leaves is on S3."""
+    """The project's second command; its output is on S3."""
     folder = tmp_path_factory.mktemp("cluster_mode")
     words = ["--deploy-mode", "cluster", "--files", "credentials.yml", *SMALL]
     options = [*TINY, "--cache", "hdfs:///user/root/cache", "--output", f"s3://{RUNS}/one"]
@@ -234,8 +222,8 @@ def test_two_executors_of_four_slots(yarn: Yarn, client: Run) -> None:
     assert result["target"].items() >= {"master": "yarn", "executors": 2, "workers": 8}.items()
     assert sum(result["images"][split] for split in ("train", "validation", "test")) == IMAGES
     assert (client.application.state, client.application.attempts) == ("SUCCEEDED", 1)
-    # The application master's container, and one for each executor: dynamic allocation has asked
-    # for no more.
+    # The application master's container and one per executor: dynamic allocation has asked for no
+    # more.
     memory = memory_of(yarn.cluster, client.application.name)
     assert len(memory) == 3
     assert max(memory.values()) < 0.9
@@ -273,7 +261,7 @@ def test_cluster_mode(yarn: Yarn, in_cluster_mode: Run) -> None:
 
 
 def test_a_run_uses_the_cache_of_another(client: Run, in_cluster_mode: Run) -> None:
-    """The default's plain folder is one of HDFS on a cluster whose file system that is."""
+    """The default cache, a plain folder, is on HDFS if that is the cluster's file system."""
     first = result_of(client.finished.stdout)["ingest"]
     again = result_of(in_cluster_mode.application.logs)["ingest"]
     assert (first["from_cache"], again["from_cache"]) == (0, IMAGES)
@@ -288,7 +276,7 @@ def test_cluster_mode_says_where_a_run_folder_would_be_lost(yarn: Yarn, tmp_path
 
 @pytest.fixture(scope="module")
 def refused(yarn: Yarn, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run in cluster mode that ends with what the user can fix."""
+    """A run in cluster mode that fails with an error the user can fix."""
     words = ["--deploy-mode", "cluster", "--files", "credentials.yml", *SMALL]
     options = [*TINY, "--bucket", "no-such-bucket", "--output", "/tmp/nowhere"]
     return submit(yarn, tmp_path_factory.mktemp("refused"), words, options)
@@ -303,7 +291,7 @@ def test_an_error_is_one_line_of_the_logs(refused: Run) -> None:
 
 
 def test_an_error_is_on_spark_submits_screen(refused: Run) -> None:
-    """By YARN's diagnostics; the driver is on another host."""
+    """Through YARN's diagnostics; the driver is on another host."""
     assert NO_BUCKET in refused.finished.stderr
 
 
@@ -315,7 +303,7 @@ def test_in_client_mode_an_error_is_the_last_line(yarn: Yarn, tmp_path: Path) ->
     before = newest()
     finished = spark_submit(yarn, tmp_path, OWN, ["--bucket", "no-such-bucket"])
     assert finished.returncode == 2
-    # spark-submit passes on as stdout what the script writes to stderr; its own log is stderr.
+    # spark-submit passes the script's stderr on to stdout; its own log goes to stderr.
     assert finished.stdout.splitlines()[-1] == NO_BUCKET
     assert newest() == before  # it never went to YARN
 
@@ -328,13 +316,11 @@ def test_no_secret_while_it_runs(watched: tuple[Run, Watcher]) -> None:
 
 
 def test_no_secret_is_left(yarn: Yarn, client: Run, in_cluster_mode: Run, refused: Run) -> None:
-    """YARN keeps what --files has brought, readable to the cluster's user alone. Nothing else holds
-    a key.
-    """
+    """YARN keeps the files of --files, readable only by the cluster's user; no other has a key."""
     for run in (client, in_cluster_mode, refused):
         assert not secrets_in(run.application.logs.encode())
     deadline = time.monotonic() + 60
-    # A DataNode removes the blocks of a deleted file some seconds later.
+    # A DataNode removes a deleted file's blocks some seconds later.
     while any(path.name.startswith("blk_") for path in files_with_secrets(yarn.cluster)):
         assert time.monotonic() < deadline
         time.sleep(2)
@@ -345,7 +331,7 @@ def test_no_secret_is_left(yarn: Yarn, client: Run, in_cluster_mode: Run, refuse
 
 
 def node_without_master(yarn: Yarn, application: str) -> str:
-    """The node where the application master is not."""
+    """The node without the application master."""
     master = hadoop.ask(f"/ws/v1/cluster/apps/{application}")["app"]["amHostHttpAddress"].split(
         ":"
     )[0]
@@ -354,16 +340,14 @@ def node_without_master(yarn: Yarn, application: str) -> str:
 
 
 class Killer(threading.Thread):
-    """Does `kill` to the node that the application master is not on, once `when` says so of a run
-    that has started since.
-    """
+    """Calls `kill` on the node without the application master, once `when` is true of a new run."""
 
     def __init__(self, yarn: Yarn, when: Callable[[], bool], kill: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
         self.yarn, self.when, self.kill = yarn, when, kill
         self.before = newest().get("id")
         self.killed = ""
-        self.noticed = False  # by the ResourceManager, while the run went on
+        self.noticed = False  # by the ResourceManager, during the run
 
     def run(self) -> None:
         while not self.when() or newest().get("id") == self.before:
@@ -388,7 +372,7 @@ def bring_back(yarn: Yarn, node: str) -> None:
 def killing(
     yarn: Yarn, when: Callable[[], bool], kill: Callable[[str], None] = hadoop.kill_node
 ) -> Iterator[Killer]:
-    """A killer at work; the node is back at the end."""
+    """Run a killer; restart the node at the end."""
     killer = Killer(yarn, when, kill)
     killer.start()
     try:
@@ -400,7 +384,7 @@ def killing(
 
 
 def options_of(folder: Path, epochs: int, cache: str = "") -> list[Any]:
-    """Of a run with the folder `run` in `folder`, whose cache the hosts share."""
+    """Options of a run whose folder is `run` in `folder`, with a cache shared by the hosts."""
     cache = cache or f"file://{folder}/cache"
     return [*TINY, *as_options(epochs=epochs, output=folder / "run", cache=cache)]
 
@@ -415,9 +399,7 @@ def check_whole(folder: Path, finished: subprocess.CompletedProcess, epochs: int
 
 @pytest.mark.parametrize("place", ["of this machine", "of HDFS"])
 def test_a_node_lost_in_an_epoch_costs_time_alone(yarn: Yarn, tmp_path: Path, place: str) -> None:
-    """What its executor held is made anew from the cache. If that lies on HDFS, its DataNode takes
-    part of it along.
-    """
+    """Its executor's images are rebuilt from the cache; a lost DataNode takes part of that too."""
     cache = "hdfs:///user/root/cache-of-a-lost-node" if place == "of HDFS" else ""
     with killing(yarn, (tmp_path / "run" / "history.csv").exists):  # after the first epoch
         finished = spark_submit(yarn, tmp_path, SMALL, options_of(tmp_path, 4, cache))
@@ -430,12 +412,12 @@ def test_a_node_lost_in_ingest_costs_time_alone(yarn: Yarn, tmp_path: Path) -> N
         slow = Yarn(yarn.cluster, edited(yarn.credentials, tmp_path, endpoint_url=proxy.url))
         with killing(yarn, lambda: proxy.requests > 60):
             finished = spark_submit(slow, tmp_path, SMALL, options_of(tmp_path, 1))
-        assert proxy.requests > IMAGES + 20  # some were asked for again
+        assert proxy.requests > IMAGES + 20  # some were requested again
     check_whole(tmp_path, finished, epochs=1)
 
 
 def test_a_lost_node_manager_costs_time_alone(yarn: Yarn, tmp_path: Path) -> None:
-    """Its containers go on, until YARN takes the node for lost and Spark its executor."""
+    """Its containers keep running until YARN declares the node lost and Spark the executor."""
 
     def kill(node: str) -> None:
         hadoop.kill_server(node, "nodemanager")
@@ -448,7 +430,7 @@ def test_a_lost_node_manager_costs_time_alone(yarn: Yarn, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("mode", ["asynchronous", "hogwild"])
 def test_a_node_lost_ends_a_run_that_adds_changes_up(yarn: Yarn, tmp_path: Path, mode: str) -> None:
-    """A repeated task would add its changes twice. The run can be resumed from its kept epochs."""
+    """A repeated task would add its changes twice. The run can resume from the kept epochs."""
     history = tmp_path / "run" / "history.csv"
     with killing(yarn, history.exists):  # after the first epoch
         options = [*options_of(tmp_path, 200), "--mode", mode]
@@ -458,7 +440,7 @@ def test_a_node_lost_ends_a_run_that_adds_changes_up(yarn: Yarn, tmp_path: Path,
     assert problem.startswith("xray_elephas.py: error: an executor was lost")
     assert "--resume" in problem
     assert "Traceback" not in finished.stdout
-    epochs = len(history.read_text().splitlines())  # one more than are kept
+    epochs = len(history.read_text().splitlines())  # one more than the kept epochs
     options = [*options_of(tmp_path, epochs), "--mode", mode, "--resume"]
     finished = spark_submit(yarn, tmp_path, SMALL, options)
     assert f"continuing after epoch {epochs - 1}\n" in finished.stdout
@@ -505,9 +487,7 @@ def test_a_container_killed_for_memory_is_one_line(yarn: Yarn, tmp_path: Path) -
 
 
 def executor_of_a_stranger(yarn: Yarn, port: int) -> str:
-    """What Spark's own executor logs, told to register with a driver by somebody on a node who does
-    not have YARN's secret.
-    """
+    """The log of Spark's executor, registered with a driver by a stranger without YARN's secret."""
     (*_, node) = yarn.cluster.nodes
     java = "SPARK_EXECUTOR_OPTS=--add-opens=java.base/sun.nio.ch=ALL-UNNAMED"
     spark_class = hadoop.spark_home() / "bin" / "spark-class"
@@ -530,7 +510,7 @@ def executor_of_a_stranger(yarn: Yarn, port: int) -> str:
 def test_nobody_registers_as_an_executor_without_the_secret(
     yarn: Yarn, tmp_path: Path, locked: bool
 ) -> None:
-    """With the lock off, which a user can do, the same stranger is let in: so it is the lock."""
+    """Without authentication, which a user may turn off, the same stranger gets in."""
     words = [*SMALL, "--conf", "spark.driver.port=4056"]
     words += [] if locked else ["--conf", "spark.authenticate=false"]
     logs: list[str] = []
@@ -551,8 +531,9 @@ def test_nobody_registers_as_an_executor_without_the_secret(
 
 @pytest.mark.parametrize("yarn", [24576], indirect=True)
 def test_four_executors_of_four_slots(yarn: Yarn, tmp_path: Path) -> None:
-    """The project's command for four nodes, on two that declare twice what they have. Sixteen
-    workers would be more than this machine has: four of the slots train.
+    """The project's command for four nodes, on two that declare twice the cores they have.
+
+    Sixteen workers would be too many for this machine: four of the slots train.
     """
     own = ["--num-executors", 4, "--executor-cores", 4, "--driver-memory", "5G"]
     finished = spark_submit(yarn, tmp_path, own, [*options_of(tmp_path, 1), "--workers", 4])

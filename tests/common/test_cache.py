@@ -1,6 +1,4 @@
-"""The cache of decoded pixels: what it reuses, what it never mixes, and that no crash or neighbour
-spoils it.
-"""
+"""The pixel cache: what it reuses, what it keeps apart, and that nothing corrupts it."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from sample_bucket import BUCKET, draw_radiograph, read_rows
 import xray_tensorflow as xray
 
 ROWS = read_rows()[:40]
-# Ingest as the script does it, in a process of its own that has no TensorFlow to load.
+# The script's ingest in its own process, without loading TensorFlow.
 PROGRAM = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import xray_tensorflow as xray
@@ -34,7 +32,7 @@ print(xray.ingest(credentials, arguments, table)[2])
 
 @pytest.fixture(scope="module")
 def client(credentials: Path) -> Any:
-    """A client of two buckets with the same 40 keys: in 'twin' each radiograph is another one's."""
+    """A client for two buckets with the same 40 keys; 'twin' has the images in reverse order."""
     images = {name: draw_radiograph(name, findings, 64) for name, findings in ROWS}
     make_bucket(credentials, "small", label_file(ROWS), images)
     make_bucket(credentials, "twin", label_file(ROWS), dict(zip(images, reversed(images.values()))))
@@ -43,7 +41,7 @@ def client(credentials: Path) -> Any:
 
 @pytest.fixture
 def ingest(credentials: Path, client: Any) -> Callable[..., tuple[dict[str, np.ndarray], int]]:
-    """Call with a cache and options: the pixels of each image, and how many came from the cache."""
+    """Call with a cache and options: each image's pixels, and how many images were cached."""
 
     def call(cache: Path, *options: Any) -> tuple[dict[str, np.ndarray], int]:
         words = as_options(bucket="small", image_size=32, batch_size=1, max_skipped=0.1)
@@ -63,7 +61,7 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 
 def stored(cache: Path) -> int:
-    """How many images the cache has."""
+    """The number of images in the cache."""
     file = cache / "pixels.sqlite"
     with (
         contextlib.suppress(sqlite3.OperationalError),
@@ -138,7 +136,7 @@ def test_a_flipped_byte_is_noticed(ingest: Callable, tmp_path: Path) -> None:
 
 
 def damage(data: bytes, kind: str) -> bytes:
-    """A cache file with some of it overwritten or gone."""
+    """A cache file, partly overwritten or truncated."""
     noise = np.random.default_rng(0).bytes(len(data))
     third = len(data) // 3
     return {
@@ -165,7 +163,7 @@ def test_a_damaged_cache_is_one_line_and_made_anew_when_deleted(
         ingest(tmp_path)
     assert str(path) in str(error.value)
     assert path.read_bytes() == bad  # it may be someone's file
-    path.unlink()  # that file alone
+    path.unlink()  # only that file
     (tmp_path / "pixels.sqlite-wal").write_bytes(b"its log")
     pixels, cached = ingest(tmp_path)
     assert cached == 0
@@ -174,7 +172,7 @@ def test_a_damaged_cache_is_one_line_and_made_anew_when_deleted(
 
 
 def test_the_log_of_a_deleted_cache_is_not_read(ingest: Callable, tmp_path: Path) -> None:
-    """A killed run leaves the cache's log, with pages of the file that the user deletes."""
+    """A killed run leaves the cache's log, with pages of a file that the user then deletes."""
     path = tmp_path / "one" / "pixels.sqlite"
     right, _ = ingest(path.parent)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as cache:
@@ -188,9 +186,7 @@ def test_the_log_of_a_deleted_cache_is_not_read(ingest: Callable, tmp_path: Path
 
 
 def test_no_damage_gives_wrong_pixels(ingest: Callable, tmp_path: Path) -> None:
-    """Bytes overwritten anywhere, and the file cut anywhere: right pixels, from what is left or from
-    S3, or one line.
-    """
+    """Overwrite or truncate the file anywhere: right pixels, from the rest or S3, or one line."""
     right, _ = ingest(tmp_path)
     whole, random = (tmp_path / "pixels.sqlite").read_bytes(), np.random.default_rng(0)
     kept, refused = [], 0

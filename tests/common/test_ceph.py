@@ -1,5 +1,6 @@
-"""Against Ceph's S3 gateway, which checks signatures and shares no code with moto. Skipped where
-Ceph is absent.
+"""S3 against Ceph's gateway, which checks signatures and shares no code with moto.
+
+Skipped if Ceph is not installed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ START = ROOT / "tests" / "stand_ins" / "ceph_s3.sh"
 
 
 def free_port() -> int:
-    """A port that is free, as is the next one: the server takes the two."""
+    """A free port whose successor is also free: the server uses both."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
@@ -108,7 +109,7 @@ def runs_bucket(ceph: Path) -> Any:
 
 
 def test_a_prefix_is_taken_once(ceph: Path, runs_bucket: Any) -> None:
-    """Ceph's own conditional PUT."""
+    """Uses Ceph's own conditional PUT."""
     keys = xray.read_credentials(str(ceph))
     one, other = (xray.S3Copy(keys, "s3://runs/once") for _ in range(2))
     for copy in (one, other):

@@ -1,6 +1,4 @@
-"""The CNN: its form and start, --weights, statistics that are trained, and that the fast layers
-compute what Keras' own do.
-"""
+"""The CNN: structure, initial weights, trained statistics, fast layers that match Keras' own."""
 
 from __future__ import annotations
 
@@ -22,18 +20,14 @@ pytestmark = pytest.mark.usefixtures("keras")
 
 @pytest.fixture(scope="module")
 def truth() -> np.ndarray:
-    """Labels of 2,000 rows: the first is in none of them, the last in all, the others in 5 to 70
-    percent.
-    """
+    """Labels of 2,000 rows: the first never set, the last always, the others in 5 to 70 percent."""
     share = np.array([0, *np.linspace(0.05, 0.7, 13), 1])
     return (np.random.default_rng(0).random((2000, 15)) < share).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def backbone(keras: Any) -> Any:
-    """A MobileNet whose statistics are those of some noise, so that signals and gradients come
-    through it.
-    """
+    """A MobileNet with statistics of noise, so that signals and gradients pass through it."""
     model = keras.applications.MobileNet(
         (32, 32, 3), include_top=False, weights=None, pooling="avg"
     )
@@ -56,14 +50,12 @@ def options(*words: Any) -> argparse.Namespace:
 
 
 def statistics(model: Any) -> list[np.ndarray]:
-    """The moving means and variances of all batch normalisations, in the order of the layers."""
+    """The moving means and variances of all batch normalisations, in layer order."""
     return [v.numpy() for v in model.weights if v.name in ("moving_mean", "moving_variance")]
 
 
 def of_backbone(model: Any) -> list[np.ndarray]:
-    """The weights of the MobileNet in a whole model, by name: Keras' order depends on what is
-    trainable.
-    """
+    """The MobileNet's weights in a whole model, by name: Keras' order depends on `trainable`."""
     found = {tuple(v.path.split("/")[-2:]): v.numpy() for v in model.weights}
     kept = sorted(
         name for name in found if name[0] not in ("findings", "dropout") and "seed" not in name[-1]
@@ -123,8 +115,9 @@ def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.nda
 def test_what_is_computed_is_what_keras_computes(
     keras: Any, truth: np.ndarray, tmp_path: Path, size: int, padded: bool
 ) -> None:
-    """Outputs, gradients and statistics in training are those of the plain model that model.keras
-    holds. A layer pads where TensorFlow's own padding would differ alone.
+    """Outputs, gradients and training statistics match those of the plain model in model.keras.
+
+    A layer pads only if TensorFlow's own padding would differ.
     """
     import tensorflow as tf
 
@@ -147,8 +140,8 @@ def test_what_is_computed_is_what_keras_computes(
             )
         gradients.append(tape.gradient(loss, [v.value for v in model.trainable_variables]))
     assert len(gradients[0]) == len(gradients[1]) == 83
-    # Rounding decides on which side of a kink some activations fall: in float32 both stray by up to
-    # 3 % from float64.
+    # Rounding puts some activations on the other side of a kink: in float32 both models differ by
+    # up to 3 % from float64.
     for one, other in zip(*gradients):
         assert np.linalg.norm(one - other) <= 0.05 * np.linalg.norm(other)
     for one, other in zip(statistics(fast), statistics(plain)):
@@ -168,7 +161,7 @@ def test_weights_of_a_file_are_the_start_and_all_of_them_are_trained(
     )
     feed = functools.partial(xray.batches, pixels, truth, batch_size=arguments.batch_size)
     trainer = xray.KerasTrainer(model, feed, table, arguments)
-    model.run_eagerly = True  # for two steps tracing takes longest
+    model.run_eagerly = True  # for two steps, tracing would take longest
     trainer.fit_epoch(1)
     moved = [
         not np.array_equal(mine, theirs)
@@ -181,7 +174,7 @@ def test_weights_of_a_file_are_the_start_and_all_of_them_are_trained(
 def test_imagenet_comes_from_the_cache_of_keras(
     backbone: Any, keras_home: Path, truth: np.ndarray
 ) -> None:
-    # A file in the place and of the form of Keras' download: legacy HDF5, for 128 pixels.
+    # A file like Keras' download, at its path: legacy HDF5, for 128 pixels.
     folder = keras_home / "models"
     folder.mkdir(exist_ok=True)
     path = folder / "mobilenet_1_0_128_tf_no_top.h5"
@@ -205,12 +198,12 @@ def refuse(weights: str, truth: np.ndarray) -> str:
 def test_imagenet_that_cannot_be_downloaded(
     truth: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where nobody listens, on a machine with a network too.
+    # A port nobody listens on, even if the machine has a network.
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     assert "imagenet" in refuse("imagenet", truth)
 
 
-# Of the file of another CNN.
+# Raised by another CNN's file.
 @pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning:keras")
 def test_weights_that_are_none(truth: np.ndarray, tmp_path: Path, keras: Any) -> None:
     assert "absent.h5" in refuse(str(tmp_path / "absent.h5"), truth)
@@ -231,11 +224,11 @@ def test_weights_that_cannot_be_had_leave_no_run_folder(fails: Callable, tmp_pat
     assert not output.exists() or not list(output.iterdir())
 
 
-# ---- what speed_up takes and what it leaves alone ----
+# ---- what speed_up changes and what it leaves alone ----
 
 
 def small(keras: Any, conv: Any, norm: Any | None = None) -> list[Any]:
-    """The layers of a model: a convolution and its normalisation."""
+    """The layers of a model with a convolution and its normalisation."""
     inputs = keras.Input((8, 8, 4))
     outputs = (norm or keras.layers.BatchNormalization())(conv(inputs))
     return keras.Model(inputs, outputs).layers
@@ -266,7 +259,7 @@ def test_layers_of_another_kind_stay_as_they_are(keras: Any) -> None:
 
 @pytest.mark.parametrize("name", ["ResNet50", "EfficientNetB0"])
 def test_another_network_computes_the_same(keras: Any, name: str) -> None:
-    """Where it can be made faster, and where not."""
+    """Whether or not it can be made faster."""
     network = getattr(keras.applications, name)(
         weights=None, include_top=False, input_shape=(32, 32, 3)
     )
@@ -304,7 +297,7 @@ def test_a_convolution_that_it_takes(keras: Any, kind: str, conv: dict) -> None:
     images = random.normal(size=(3, 8, 8, 4)).astype(np.float32)
     wanted = [model(images, training=training).numpy() for training in (False, True)]
     xray.speed_up(layers)
-    norm.set_weights(start)  # which training has moved
+    norm.set_weights(start)  # training has changed them
     found = [model(images, training=training).numpy() for training in (False, True)]
     for one, other in zip(found, wanted):
         assert one == pytest.approx(other, abs=2e-5)

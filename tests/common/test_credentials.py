@@ -1,6 +1,4 @@
-"""credentials.yml: what is taken, what is refused, and that no message repeats what the file
-holds.
-"""
+"""credentials.yml: what is accepted and refused, and that no message repeats its content."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def test_takes_both_spellings_and_the_optional_names(tmp_path: Path, spelling: s
 
 
 def refuse(path: Path) -> str:
-    """The text of the error that reading `path` raises."""
+    """The text of the error from reading `path`."""
     with pytest.raises(xray.UserError) as error:
         xray.read_credentials(str(path))
     text = str(error.value)
@@ -39,7 +37,7 @@ def refuse(path: Path) -> str:
     assert SECRET not in text
     assert KEY not in text
     assert path.name in text
-    # Python prints the error behind an error with its traceback, and YAML's error quotes the file.
+    # A traceback also prints the error behind an error, and YAML's error quotes the file.
     assert error.value.__suppress_context__ or error.value.__context__ is None
     return text
 
@@ -136,7 +134,7 @@ def test_a_folder_in_place_of_the_file_is_one_line(fails: object, tmp_path: Path
 def test_a_token_that_no_header_can_hold_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, ending: str
 ) -> None:
-    # Python's http.client quotes the header that it refuses, and the token stands in one.
+    # Python's http.client quotes a header that it refuses, and one holds the token.
     bad = {
         **GOOD,
         "aws_session_token": SECRETS["aws_session_token"] + ending,

@@ -1,6 +1,4 @@
-"""--flip: which images are mirrored, that they are exact mirrors, and that a resumed run draws the
-same.
-"""
+"""--flip: which images are mirrored, that mirrors are exact, and that resuming repeats them."""
 
 from __future__ import annotations
 
@@ -106,12 +104,10 @@ class TestBatches:
 
 @pytest.mark.usefixtures("keras")
 def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker has some rows of the table, in any order: which of them it mirrors is drawn by
-    row.
-    """
+    """A worker has some of the table's rows, in any order, and draws flips by row."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 9, 9), np.uint8)
     labels = np.zeros((30, 15), np.float32)
-    labels[:, 0] = range(30)  # so that an image of a batch tells its row
+    labels[:, 0] = range(30)  # identifies an image's row
     flips = draws(2, count=30)
     arguments = parse("--flip", "--batch-size", 4)
     arguments.image_size = 9
@@ -141,7 +137,7 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_a_resumed_run_draws_what_an_unbroken_one_draws(credentials: Path, tmp_path: Path) -> None:
-    """Of whole runs; and that flips do something."""
+    """Compares whole runs; also checks that flips change something."""
     options = ["--credentials", credentials, *QUICK, "--cache", tmp_path / "cache"]
     results = {}
     for name, more in [

@@ -1,6 +1,4 @@
-"""Any label file gives a table or one clear line; so does any credentials file, whose line shows
-nothing of it.
-"""
+"""Any label or credentials file is read or fails in one clear line, which quotes no credentials."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ GOOD = {
 
 @st.composite
 def edited(draw: Any, data: bytes) -> bytes:
-    """`data` with a few of its parts left out, doubled or replaced."""
+    """`data` with a few parts deleted, doubled or replaced."""
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
         stop = draw(st.integers(start, min(start + 20, len(data))))
@@ -56,7 +54,7 @@ table = st.lists(st.lists(cell, max_size=5).map(",".join), max_size=6).map("\n".
 HEAD = "Image Index,Finding Labels,Patient ID\n"
 
 
-# pandas warns of rows that are longer than the header, which the fuzzer makes too.
+# pandas warns of rows longer than the header, which the fuzzer also generates.
 @pytest.mark.filterwarnings("ignore:Length of header or names:pandas.errors.ParserWarning")
 @SETTINGS
 @given(

@@ -1,4 +1,4 @@
-"""Radiographs of every mode and files that are none: what becomes of the pixels, and of the run."""
+"""Radiographs of every mode, and files that are not images: the pixels, and the run's reaction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sample_bucket import TRUNCATED, draw_radiograph, read_rows
 
 import xray_tensorflow as xray
 
-# One image is such a bomb.
+# One image is a decompression bomb.
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
@@ -33,7 +33,7 @@ def encode(image: Image.Image, form: str = "PNG") -> bytes:
 GREY = np.tile(np.repeat([[40, 200]], 32, axis=1), (64, 1)).astype(np.uint8)
 PICTURE = Image.fromarray(GREY)
 RGBA = PICTURE.convert("RGBA")
-# NIH's alpha channels carry nothing: the grey must not be mixed with a background.
+# NIH's alpha channels are meaningless: do not blend the grey with a background.
 RGBA.putalpha(90)
 PALETTE = Image.fromarray((GREY > 100).astype(np.uint8), "P")
 PALETTE.putpalette([40] * 3 + [200] * 3)
@@ -54,14 +54,12 @@ READABLE = {
     "16 bits": encode(Image.fromarray(GREY.astype(np.uint16) * 256 + 77)),
     "JPEG": encode(PICTURE, "JPEG"),
     "CMYK JPEG": encode(PICTURE.convert("CMYK"), "JPEG"),
-    "animated": MOVING.getvalue(),  # its first picture counts
+    "animated": MOVING.getvalue(),  # the first frame counts
 }
 
 
 def png(width: int, height: int, pixels: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """A grey PNG of 8 bits with any size in its header, any compressed pixels and any more
-    chunks.
-    """
+    """An 8-bit grey PNG with any size in its header, any compressed pixels and any extra chunks."""
     head = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", head), *more, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
     parts = [struct.pack(">I", len(data)) + kind + data for kind, data in chunks]
@@ -97,7 +95,7 @@ def test_every_mode_gives_the_same_grey(form: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 def test_a_16_bit_png_of_a_detector_with_fewer_bits(bits: int) -> None:
-    """Its levels stand unscaled, and PNG does not say so."""
+    """Its levels are stored unscaled, and PNG does not say so."""
     levels = GREY.astype(np.uint16) << (bits - 8)
     pixels = xray.decode(encode(Image.fromarray(levels)), 32).astype(int)
     assert np.abs(pixels[:, :14] - 40).max() <= 2
@@ -119,7 +117,7 @@ def test_a_bit_flipped_anywhere_is_noticed() -> None:
     for place in range(8, len(WHOLE)):
         flipped = bytearray(WHOLE)
         flipped[place] ^= 1 << place % 8
-        # What an unreadable file raises.
+        # What unreadable files raise.
         with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error):
             assert np.array_equal(xray.decode(bytes(flipped), 32), right), place
 
@@ -158,18 +156,16 @@ FOREIGN = {
 def test_a_format_that_no_radiograph_has_is_no_image(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pillow opens these too, and would start Ghostscript, an interpreter of programs, for an
-    EPS.
-    """
+    """Pillow opens these too, and would run an EPS, which is a program, in Ghostscript."""
     gs = tmp_path / "gs"
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     gs.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what Pillow has found before
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # forget the one Pillow has found
     with pytest.raises(UnidentifiedImageError):
         xray.decode(FOREIGN[form], 32)
     assert not (tmp_path / "started").exists()
-    if form.startswith("EPS"):  # the stand-in is what Pillow would have started
+    if form.startswith("EPS"):  # Pillow would have started the stand-in
         with contextlib.suppress(OSError, SystemError):
             Image.open(io.BytesIO(FOREIGN[form])).load()
         assert (tmp_path / "started").exists()
@@ -177,7 +173,7 @@ def test_a_format_that_no_radiograph_has_is_no_image(
 
 @pytest.fixture(scope="module")
 def odd(credentials: Path) -> dict[str, str]:
-    """A bucket of 60 images, some of them unreadable: {their name: what is wrong}."""
+    """A bucket of 60 images, some unreadable: {their name: what is wrong}."""
     rows = read_rows()[:60]
     names = [name for name, _ in rows]
     wrong = dict(zip(names[::6], UNREADABLE))
@@ -206,7 +202,7 @@ def test_unreadable_images_are_skipped_and_said_why(
     assert np.array_equal(
         pixels[~skipped], np.broadcast_to(right, (cached + 60 - len(odd), 32, 32))
     )
-    # They are asked for again by the next run: someone may have fixed them.
+    # The next run requests them again: someone may have fixed them.
     assert xray.ingest(keys, parse(*options), selected)[2] == 60 - len(odd)
 
 

@@ -1,4 +1,4 @@
-"""The label CSV: its two versions, its copies, and files that are wrong."""
+"""The label CSV: its two versions, edited copies, and invalid files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = "Image Index,Finding Labels,Patient ID\n"
 
 
 def in_the_form_of_2017(text: str) -> bytes:
-    """The rows of a CSV of 2020 as NIH wrote them in 2017."""
+    """The rows of a 2020 CSV in NIH's 2017 format."""
     header, *rows = csv.reader(io.StringIO(text))
     lines = [",".join([*header, ""])]
     for row in rows:

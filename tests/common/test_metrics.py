@@ -14,9 +14,7 @@ import xray_tensorflow as xray
 
 @pytest.fixture
 def predictions() -> tuple[np.ndarray, np.ndarray]:
-    """400 rows whose scores have many ties; label 3 has no positive row and label 7 no negative
-    one.
-    """
+    """400 rows with many tied scores; label 3 has no positive row, label 7 no negative one."""
     random = np.random.default_rng(0)
     truth = (random.random((400, 15)) < 0.3).astype(np.float32)
     truth[:, 3], truth[:, 7] = 0, 1
@@ -36,7 +34,7 @@ def test_auroc_is_that_of_sklearn(predictions: tuple) -> None:
 
 
 def test_auroc_of_as_many_rows_as_the_full_test_split() -> None:
-    # Ranks of 25,000 rows add up to more than float32 holds exactly.
+    # The ranks of 25,000 rows add up to more than float32 holds exactly.
     random = np.random.default_rng(0)
     truth = (random.random((25000, 15)) < 0.1).astype(np.float32)
     scores = random.random((25000, 15), dtype=np.float32)
@@ -46,8 +44,8 @@ def test_auroc_of_as_many_rows_as_the_full_test_split() -> None:
 
 
 def test_the_bootstrap_draws_patients() -> None:
-    # One patient has all positive images and one all negative: half of the draws of two have one
-    # class only. Draws of images would never lack a class here.
+    # One patient has all positive images, one all negative: half of the samples of two patients
+    # have only one class. Samples of images would never lack a class here.
     truth, scores = (
         np.repeat([[1.0] * 15, [0.0] * 15], 50, axis=0),
         np.random.default_rng(0).random((100, 15)),
@@ -77,7 +75,7 @@ def test_the_bootstrap_interval(predictions: tuple) -> None:
     assert spread == pytest.approx(math.sqrt(variance / positive / negative), rel=0.15)
     pd.testing.assert_frame_equal(samples, xray.bootstrap_auroc(truth, scores, every, 0))
     assert not samples.equals(xray.bootstrap_auroc(truth, scores, every, 1))
-    # Eight equal images of a patient tell no more than one.
+    # Eight identical images of a patient tell no more than one.
     copies = np.repeat(np.arange(0, 400, 8), 8)
     wide = xray.bootstrap_auroc(truth[copies], scores[copies], pairs, 0)["Atelectasis"].std()
     assert wide > 2 * spread
@@ -112,14 +110,14 @@ BLIND = np.repeat([[0.2], [0.2004], [0.2008]], 15, axis=1)
         (ALIVE, [0.6], False),
         (BLIND, [0.6], False),  # the first epoch
         (BLIND, [0.6, 0.55], True),
-        (np.hstack([BLIND[:, :14], ALIVE[:, :1]]), [0.6, 0.6], False),  # one label is told apart
+        (np.hstack([BLIND[:, :14], ALIVE[:, :1]]), [0.6, 0.6], False),  # one label still varies
         (ALIVE, [0.5], False),
         (ALIVE, [0.5, 0.5], True),
         (ALIVE, [0.6, 0.4999, 0.5001], True),
         (ALIVE, [0.5, 0.5, 0.6], False),
         (ALIVE, [0.48, 0.51], False),
         (ALIVE, [math.nan, math.nan], False),  # no label has both classes
-        (ALIVE[:1], [math.nan], False),  # one image cannot be told from another
+        (ALIVE[:1], [math.nan], False),  # a single image proves nothing
     ],
 )
 def test_a_network_has_died_where_it_tells_no_image_from_another(

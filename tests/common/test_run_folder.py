@@ -1,6 +1,4 @@
-"""The run folder: who has it, what is left of a run that fails, and which epochs' weights it
-keeps.
-"""
+"""The run folder: its lock, what a failed run leaves, and which epochs' weights it keeps."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ USED = TABLE.assign(reason="")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the runs of a test start in."""
+    """The folder that a test's runs start in."""
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -49,7 +47,7 @@ def new_run(*options: Any) -> xray.Run:
 def opened(
     *options: Any, model: Any = None, target: dict[str, Any] | None = None
 ) -> Iterator[xray.Run]:
-    """A run that has begun to train. At the end its folder is free, as if its process had ended."""
+    """A run that has begun to train; at the end, its folder is free as if its process had ended."""
     run = new_run(*options)
     run.check(TABLE, target or {})
     try:
@@ -61,12 +59,12 @@ def opened(
 
 
 def begin(*options: Any, **more: Any) -> None:
-    """Begin to train, and end."""
+    """Start a run, begin training, and end."""
     with opened(*options, **more):
         pass
 
 
-# ---- who has it ----
+# ---- one run at a time ----
 
 
 def test_runs_that_begin_in_the_same_second_have_different_folders(
@@ -159,7 +157,7 @@ def test_a_loop_of_a_shell_that_starts_three_runs(credentials: Path, home: Path)
     assert all((run / "metrics.json").exists() for run in runs)
 
 
-# ---- what is there before and after ----
+# ---- the folder before and after a run ----
 
 
 @pytest.mark.parametrize("output", [None, "new", "a/b/new"])
@@ -227,9 +225,9 @@ def test_resume_without_a_run() -> None:
         ([0.5, 0.7, 0.6], 2),
         ([0.5, 0.6, 0.7], 3),
         ([0.7, 0.6, 0.5], 1),
-        ([0.6, 0.7, 0.7, 0.5], 2),  # the first of equal ones
+        ([0.6, 0.7, 0.7, 0.5], 2),  # ties: the first
         ([math.nan, 0.5, math.nan], 2),
-        ([math.nan, math.nan, math.nan], 3),  # none is defined: the last
+        ([math.nan, math.nan, math.nan], 3),  # undefined: the last
         ([0.5], 1),
     ],
 )
@@ -240,7 +238,7 @@ def test_best_epoch(aurocs: list[float], best: int) -> None:
 
 @pytest.fixture
 def model(keras: Any) -> Iterator[Any]:
-    """A compiled model of one weight, which says the epoch that it is of."""
+    """A compiled model with one weight, the number of its epoch."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.compile(keras.optimizers.Adam(), "mse", jit_compile=False)
     model.optimizer.build(model.trainable_variables)
@@ -248,7 +246,7 @@ def model(keras: Any) -> Iterator[Any]:
 
 
 class Trainer:
-    """Each epoch sets the weight to its number; the validation AUROC of each is given."""
+    """Sets the weight to the epoch's number; validation AUROCs are given."""
 
     def __init__(self, model: Any, aurocs: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
         self.model = model
@@ -266,7 +264,7 @@ class Trainer:
 
 
 def train(model: Any, patch: pytest.MonkeyPatch, aurocs: list[float], *options: Any) -> xray.Run:
-    """A run trained to the end of `aurocs`, with the weight of its best epoch."""
+    """Train a run through `aurocs`; return it and its best epoch's weight."""
     with opened("--output", "mine", "--epochs", len(aurocs), *options, model=model) as run:
         xray.train_epochs(Trainer(model, aurocs, patch), run)
         run.load_best()
@@ -309,7 +307,7 @@ def test_a_resume_goes_on_from_the_last_epoch_not_from_the_best(
 
 
 def test_each_process_of_a_run_traces_an_epoch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """images_per_second counts only the epochs that traced nothing, over any number of resumes."""
+    """images_per_second counts only epochs without tracing, over any number of resumes."""
     for epochs in (2, 4, 6):
         resume = ["--resume"] * (epochs > 2)
         run = train(model, monkeypatch, [0.5] * epochs, *resume)
@@ -337,7 +335,7 @@ def test_files_of_the_users_stay(model: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_limit_of_file_sizes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a full disk: HDF5 might crash."""
+    """Like a full disk: HDF5 might crash."""
     train(model, monkeypatch, [0.5])
     before = contents(Path("mine"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -407,7 +405,7 @@ def test_a_checkpoint_missing_or_damaged(
 def test_a_checkpoint_without_the_state_of_adam(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keras reads it with a warning, and Adam would start anew."""
+    """Keras only warns when it reads this, and Adam would start from scratch."""
     train(model, monkeypatch, [0.9, 0.5])
     with h5py.File("mine/checkpoint-2.weights.h5", "a") as file:
         del file["optimizer"]["vars"]
@@ -418,7 +416,7 @@ def test_a_checkpoint_without_the_state_of_adam(
 def test_no_damage_of_a_checkpoint_is_a_traceback(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HDF5 has no checksums: a changed number is read as it is, anything else is one line."""
+    """HDF5 has no checksums: a changed number is accepted, anything else is a one-line error."""
     train(model, monkeypatch, [0.9, 0.5])
     checkpoint = Path("mine", "checkpoint-2.weights.h5")
     whole = checkpoint.read_bytes()
@@ -457,7 +455,7 @@ def test_a_history_that_is_damaged(model: Any, monkeypatch: pytest.MonkeyPatch, 
     assert contents(Path("mine")) == before
 
 
-# ---- what a resumed run must have in common with the one that began ----
+# ---- what a resumed run must share with the original ----
 
 
 @pytest.mark.parametrize(

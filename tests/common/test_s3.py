@@ -1,5 +1,6 @@
-"""What S3 can answer, and that each failure is one line: against moto, a closed port and a server
-that only fails.
+"""S3's errors, each of which must be one line.
+
+Against moto, a closed port and a server that always fails.
 """
 
 from __future__ import annotations
@@ -75,9 +76,7 @@ def test_retries_and_pool_are_set(credentials: Path) -> None:
 
 
 class Failing(BaseHTTPRequestHandler):
-    """Answers everything with the server's `status` and `body`, and breaks off `breaks` times after
-    half of it.
-    """
+    """Answers with the server's `status` and `body`; the first `breaks` times, stops halfway."""
 
     def do_GET(self) -> None:
         self.send_response(self.server.status)
@@ -108,13 +107,13 @@ def failing(credentials: Path, tmp_path: Path) -> Iterator[tuple]:
 
 
 def select(client: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
-    """The error line of asking for the images, as the script would print it."""
+    """The script's error line when it lists the images."""
     monkeypatch.setattr("sys.argv", ["xray_tensorflow.py"])
     code = xray.run_script(lambda: xray.select_images(client, parse()))
     return one_line(code, capsys.readouterr().err)
 
 
-# For each code: the HTTP status that AWS sends with it, and what the error line must speak of.
+# For each code: the HTTP status that AWS sends, and what the error line must mention.
 CODES = {
     "NoSuchBucket": (404, f"no bucket {BUCKET}"),
     "AccessDenied": (403, "s3:ListBucket"),
@@ -185,7 +184,7 @@ def test_a_server_that_is_not_s3(
 
 
 def test_a_key_that_may_list_its_prefix_alone(credentials: Path, tmp_path: Path) -> None:
-    """Nothing but the prefix is listed, by the first request as by the others."""
+    """Every request lists only the prefix, the first one included."""
     with fault_proxy(yaml.safe_load(credentials.read_text())["endpoint_url"]) as proxy:
         proxy.choose = lambda method, path: (
             "denied" if "list-type" in path and "prefix=images%2F&" not in f"{path}&" else ""
@@ -205,11 +204,11 @@ def test_the_folders_of_the_pngs_are_named(
     s3 = connect(yaml.safe_load(credentials.read_text())["endpoint_url"])
     for key in images:
         s3.put_object(Bucket="nih", Key=key[len("../") :], Body=b"")
-    for prefix in ("images", ""):  # nothing is below it, or nothing that has a row
+    for prefix in ("images", ""):  # with nothing below it, or nothing that has a row
         error = fails("--bucket", "nih", "--images", prefix)
         assert "check --images" in error
         assert "'images_000/images/', 'images_001/images/'" in error
-    with fault_proxy(s3.meta.endpoint_url) as proxy:  # no right to list more than the prefix
+    with fault_proxy(s3.meta.endpoint_url) as proxy:  # not allowed to list more than the prefix
         proxy.choose = lambda method, path: (
             "denied" if "list-type" in path and "prefix=" not in path else ""
         )
@@ -227,7 +226,7 @@ def test_a_listing_without_etags(credentials: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(xray, "list_objects", without)
     etags = xray.select_images(client_of(credentials), parse())["etag"]
-    assert etags.str.match("20[0-9]{2}-").all()  # the date in its place
+    assert etags.str.match("20[0-9]{2}-").all()  # the date instead
 
 
 def test_unreachable(
@@ -236,7 +235,7 @@ def test_unreachable(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    with socket.socket() as bound:  # a port that nobody listens on, and that nobody gets meanwhile
+    with socket.socket() as bound:  # a port nobody listens on or gets meanwhile
         bound.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{bound.getsockname()[1]}"
         client = client_of(edited(credentials, tmp_path, endpoint_url=endpoint))

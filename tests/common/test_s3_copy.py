@@ -1,6 +1,4 @@
-"""--output s3://: the copy of a run folder, in which order it grows, and what becomes of it where
-S3 refuses.
-"""
+"""--output s3://: the order in which a run's copy is written, and what happens if S3 refuses."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ TABLE = pd.DataFrame(
 
 @pytest.fixture(scope="module")
 def s3(credentials: Path) -> Any:
-    """A client of the server, with a bucket for runs."""
+    """A client for the server, with a bucket for runs."""
     client = connect(yaml.safe_load(credentials.read_text())["endpoint_url"])
     client.create_bucket(Bucket=BUCKET)
     return client
 
 
 class Place(NamedTuple):
-    """A prefix that is new, a folder, and what can stand between."""
+    """A new prefix, a folder, and the proxy between."""
 
     proxy: Proxy
     keys: dict[str, str]
@@ -49,7 +47,7 @@ class Place(NamedTuple):
         return xray.S3Copy(self.keys, self.output)
 
     def stored(self) -> dict[str, bytes]:
-        """What S3 has below the prefix."""
+        """The objects below the prefix."""
         prefix = self.output.split("/", 3)[3] + "/"
         found = self.s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
         return {
@@ -67,7 +65,7 @@ class Place(NamedTuple):
             xray.write(self.folder / name, f"{name} {next(NAMES)}")
 
     def changed(self) -> list[str]:
-        """What was asked to change since the last call: the method and the last part of the key."""
+        """The changes requested since the last call: method and last part of the key."""
         found = [
             f"{method} {path.split('?')[0].rsplit('/', 1)[1]}"
             for method, path in self.proxy.changes
@@ -114,14 +112,14 @@ def test_no_location(text: str) -> None:
         parse("--output", text)
 
 
-# ---- a copy that nothing disturbs ----
+# ---- an undisturbed copy ----
 
 
 CONFIGS = (f'{{"id": {number}}}' for number in itertools.count(1))
 
 
 def claimed(place: Place) -> xray.S3Copy:
-    """A copy that has its prefix, with the config.json that claims it also in the folder."""
+    """A copy that owns its prefix; the config.json that claims it is also in the folder."""
     copy = place.copy()
     copy.look()
     config = next(CONFIGS)
@@ -166,7 +164,7 @@ def test_what_a_file_names_is_there_before_it(place: Place) -> None:
     copy.finish(place.folder)
     assert place.changed()[-1] == "PUT metrics.json"
     copy.finish(place.folder)
-    assert place.changed() == []  # what has not changed is not sent again
+    assert place.changed() == []  # unchanged files are not sent again
 
 
 def test_a_resumed_run_has_what_it_needs_and_drops_what_it_must(
@@ -214,7 +212,7 @@ def test_objects_of_others_stay(place: Place, tmp_path: Path) -> None:
     assert [stored.get(name) for name in names] == [b"mine"] * len(names)
 
 
-# ---- who has a prefix ----
+# ---- one run per prefix ----
 
 
 def refused(copy: xray.S3Copy) -> str:
@@ -323,7 +321,7 @@ def test_s3_away_in_the_middle_and_back(place: Place, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @pytest.mark.parametrize("nth", range(10))
 def test_one_refusal_at_any_change(place: Place, nth: int) -> None:
-    """What S3 has is a state that a run can go on from, and the end has all."""
+    """S3's state can be resumed, and the end has everything."""
     copy = claimed(place)
     kinds = iter([""] * nth + ["denied"])
     place.proxy.choose = lambda method, path: "" if method == "GET" else next(kinds, "")

@@ -28,7 +28,7 @@ def made_up(patients: range) -> pd.DataFrame:
 
 
 def by_patient(table: pd.DataFrame) -> dict[str, str]:
-    """The split of each patient; fails where one is in two."""
+    """The split of each patient; fails if a patient is in two."""
     assert (table.groupby("patient")["split"].nunique() == 1).all()
     return dict(zip(table["patient"], table["split"]))
 
@@ -39,7 +39,7 @@ def test_shares_and_no_patient_in_two_splits(seed: int) -> None:
     table["split"] = xray.assign_splits(table, seed)
     by_patient(table)
     shares = table["split"].value_counts(normalize=True)
-    # Three standard deviations of the largest share's draw of 30,000 are 0.008.
+    # Three standard deviations of the largest share among 30,000 draws are 0.008.
     assert shares.to_dict() == pytest.approx(
         {"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.008
     )
@@ -54,7 +54,7 @@ def test_split_follows_from_seed_and_patient_alone() -> None:
 
 
 def test_split_is_the_same_on_every_machine() -> None:
-    # Fails when the hash changes: runs of before could then not be compared, nor resumed.
+    # Fails if the hash changes: earlier runs could then be neither compared nor resumed.
     table = made_up(range(1, 21))
     splits = xray.assign_splits(table, 0)[::2]
     assert [xray.SPLITS.index(split) for split in splits] == [

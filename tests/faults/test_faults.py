@@ -1,6 +1,4 @@
-"""S3 that answers late, broken, half or not at all, through the fault proxy: what becomes of the
-images.
-"""
+"""S3 that answers late, broken, half or not at all, through the fault proxy: effects on images."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ import xray_tensorflow as xray
 
 @contextlib.contextmanager
 def faulty(credentials: Path, folder: Path, **how: Any) -> Iterator[tuple[Proxy, Path]]:
-    """A proxy in front of the sample bucket, and the credentials file of who asks it."""
+    """A proxy in front of the sample bucket, and a credentials file that points to it."""
     with fault_proxy(yaml.safe_load(credentials.read_text())["endpoint_url"], **how) as proxy:
         yield proxy, edited(credentials, folder, endpoint_url=proxy.url)
 
@@ -48,7 +46,7 @@ def ingest(credentials: Path, cache: Path, *options: Any) -> dict[str, np.ndarra
 
 @pytest.fixture(scope="module")
 def right(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """The pixels as they come without a fault."""
+    """The pixels without faults."""
     pixels = ingest(credentials, tmp_path_factory.mktemp("right"))
     assert len(pixels) == 410
     return pixels
@@ -58,7 +56,7 @@ def assert_right(pixels: dict[str, np.ndarray], right: dict[str, np.ndarray]) ->
     assert all(np.array_equal(pixels[image], right[image]) for image in pixels)
 
 
-# By default one that breaks a connection and one that S3 says in words.
+# By default one that breaks a connection and one that S3 reports as an error.
 KINDS = [
     kind if kind in ("reset", "slow down") else pytest.param(kind, marks=pytest.mark.slow)
     for kind in FAULTS
@@ -66,14 +64,14 @@ KINDS = [
 
 
 def run_options(credentials: Path, folder: Path, **more: Any) -> list[Any]:
-    """A quick run with the pixel cache and the run folder `run` in `folder`."""
+    """Options of a quick run with the pixel cache and the run folder `run` in `folder`."""
     output = folder / "run"
     return [*QUICK, *as_options(credentials=credentials, cache=folder, output=output, **more)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_fault(credentials: Path, right: dict, tmp_path: Path, kind: str) -> None:
-    # Rare enough that no image meets five faults in a row, after which S3 is to blame.
+    # Rare enough that no image meets five faults in a row, after which the run blames S3.
     with faulty(credentials, tmp_path, every=8, kinds=[kind]) as (proxy, through):
         pixels = ingest(through, tmp_path, "--limit", 40)
         assert proxy.injected[kind] >= 40 / 8
@@ -83,8 +81,7 @@ def test_each_fault(credentials: Path, right: dict, tmp_path: Path, kind: str) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_fault_of_list_and_labels(credentials: Path, tmp_path: Path, kind: str) -> None:
-    # A CSV that is cut between two rows, length and all, cannot be told from a shorter one:
-    # docs/faults.md says so.
+    # A CSV cut between two rows, with a matching length, looks like a shorter one (docs/faults.md).
     labels = kind if kind != "short length" else ""
     with faulty(credentials, tmp_path, every=1, kinds=[kind, "", labels, *[""] * 99]) as (
         proxy,
@@ -99,7 +96,7 @@ def test_latency_is_no_fault(credentials: Path, right: dict, tmp_path: Path) -> 
     start = time.monotonic()
     with faulty(credentials, tmp_path, latency_ms=300) as (proxy, through):
         pixels = ingest(through, tmp_path, "--limit", 60)
-    assert time.monotonic() - start > 3 * 0.3  # list, labels and images came late indeed
+    assert time.monotonic() - start > 3 * 0.3  # list, labels and images really were late
     assert_right(pixels, right)
 
 
@@ -181,7 +178,7 @@ def test_a_signal_ends_a_run_whose_requests_all_hang(
             assert process.is_alive()
             time.sleep(0.01)
         os.kill(process.pid, number)
-        process.join(15)  # well before a request times out, which is after 30 s
+        process.join(15)  # well before a request's timeout of 30 s
         ended = victim.end(process, tmp_path / "screen") if not process.is_alive() else None
         process.kill()
     assert ended, "the process goes on"
@@ -207,4 +204,4 @@ def test_the_traceback_of_a_bug_shows_no_secret(
     ended = run_process([sys.executable, "-c", program, *options], cwd=tmp_path)
     assert ended.code == 1
     assert "Traceback" in ended.stderr
-    assert "ZeroDivisionError" in ended.stderr  # run_process has looked for secrets in it
+    assert "ZeroDivisionError" in ended.stderr  # run_process has checked it for secrets

@@ -1,5 +1,4 @@
-"""A run that a kill or a disk ends: what is in the run folder is whole, and the next run ends as an
-unbroken one.
+"""A run ended by a kill or a full disk: its files are whole, and resuming gives the same result.
 
 By default one moment of each kind; all of them: pytest -m slow tests/faults/test_kills.py
 """
@@ -30,9 +29,9 @@ from PIL import Image
 from sample_bucket import connect
 
 IMAGES = [1, 2, 30, 80, 137, 200, 260, 333, 400, 411]
-BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 of training and 6 of validation
-BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file, of 6.6 MB
-MOST = 30  # at least as many files and objects as an unbroken run changes
+BATCHES = [1, 2, 10, 33, 34, 35, 40, 41, 60, 80]  # an epoch has 34 for training, 6 for validation
+BYTES = [k * 630_000 for k in range(1, 11)]  # of a checkpoint, the largest file (6.6 MB)
+MOST = 30  # at least the number of files and objects an unbroken run changes
 EVENTS = range(1, MOST + 1)
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
@@ -50,7 +49,7 @@ class Unbroken(NamedTuple):
 
 @pytest.fixture(scope="module")
 def unbroken(credentials: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    """A run that nothing has killed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("unbroken")
     options = ["--credentials", credentials, *QUICK, "--epochs", 2, "--cache", folder / "cache"]
     ended = victim.run([*options, "--output", folder / "run"], folder / "screen")
@@ -64,7 +63,7 @@ def stored(cache: Path) -> int:
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
-    """All that a checkpoint holds."""
+    """All arrays in a checkpoint."""
     found = {}
     with h5py.File(path) as file:
         file.visititems(
@@ -84,7 +83,7 @@ def losses(folder: Path) -> pd.DataFrame:
 
 
 def check_whole(folder: Path, unbroken: Path) -> int:
-    """Fail where a file has anything but its whole content. Returns how many epochs have ended."""
+    """Fail unless every file is whole. Return the number of finished epochs."""
     there = names(folder)
     for name in there & {"skipped.csv", "predictions.csv"}:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
@@ -108,7 +107,7 @@ def check_whole(folder: Path, unbroken: Path) -> int:
 
 
 def count_moments(kind: str, options: list[Any], folder: Path) -> int:
-    """How many moments of this kind an unbroken run has."""
+    """The number of such moments in an unbroken run."""
     folder.mkdir()
     ended = victim.run(options, folder / "screen", (kind, math.inf), folder)
     assert ended.code == 0, ended.stderr
@@ -119,7 +118,7 @@ def count_moments(kind: str, options: list[Any], folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def events(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How many changes of files in its run folder an unbroken run makes."""
+    """The number of file changes that an unbroken run makes in its run folder."""
     folder = tmp_path_factory.mktemp("events") / "home"
     return count_moments("event", [*unbroken.options, "--output", folder / "run"], folder)
 
@@ -184,14 +183,14 @@ RUNS = "my-xray-runs-killed"
 
 @pytest.fixture(scope="module")
 def runs_bucket(credentials: Path) -> Any:
-    """A client of the server, with a bucket for runs."""
+    """A client for the server, with a bucket for runs."""
     client = connect(yaml.safe_load(credentials.read_text())["endpoint_url"])
     client.create_bucket(Bucket=RUNS)
     return client
 
 
 def fetched_copy(client: Any, prefix: str, folder: Path) -> Path:
-    """What S3 has of a run, in a folder."""
+    """Download a run's copy on S3 into a folder."""
     folder.mkdir()
     for entry in client.list_objects_v2(Bucket=RUNS, Prefix=f"{prefix}/").get("Contents", []):
         body = client.get_object(Bucket=RUNS, Key=entry["Key"])["Body"].read()
@@ -201,7 +200,7 @@ def fetched_copy(client: Any, prefix: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def uploads(unbroken: Unbroken, runs_bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How many requests of an unbroken run change its copy."""
+    """The number of requests by which an unbroken run changes its copy."""
     folder = tmp_path_factory.mktemp("uploads") / "home"
     output = ["--output", f"s3://{RUNS}/unbroken"]
     return count_moments("change", [*unbroken.options, *output], folder)
@@ -250,7 +249,7 @@ def test_a_run_killed_at_an_upload_ends_on_another_machine(
 def test_s3_that_refuses_from_the_first_epoch_on(
     unbroken: Unbroken, credentials: Path, runs_bucket: Any, tmp_path: Path
 ) -> None:
-    """As with a session token that expires: the run goes on, and its exit code tells."""
+    """As if a session token expires: the run continues, and its exit code reports it."""
     with fault_proxy(runs_bucket.meta.endpoint_url) as proxy:
         proxy.choose = lambda method, path: "expired" if "checkpoint" in path else ""
         through = edited(credentials, tmp_path, endpoint_url=proxy.url)
@@ -270,7 +269,7 @@ def test_s3_that_refuses_from_the_first_epoch_on(
         assert check_whole(folder, unbroken.folder) == 2
         assert names(folder) == names(unbroken.folder)
 
-        # The command of the error line, less the AWS CLI: what it copies can be resumed.
+        # What the error line's command does, without the AWS CLI: its copy can be resumed.
         for path in folder.glob("[!.]*"):
             runs_bucket.upload_file(str(path), RUNS, f"refused/{path.name}")
         proxy.choose = lambda method, path: ""
@@ -283,7 +282,7 @@ def test_s3_that_is_away_for_an_epoch(
     unbroken: Unbroken, credentials: Path, runs_bucket: Any, tmp_path: Path
 ) -> None:
     with fault_proxy(runs_bucket.meta.endpoint_url) as proxy:
-        # botocore asks 10 times for the first file and 3 times for each of the next update: then S3
+        # botocore tries the first file 10 times and each file of the next update 3 times: then S3
         # is back.
         away = itertools.chain(["reset"] * 12, itertools.repeat(""))
         proxy.choose = lambda method, path: next(away) if "checkpoint" in path else ""
@@ -318,8 +317,8 @@ def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -
     assert json.loads(ended.stdout.splitlines()[-1])["ingest"]["from_cache"] == had
 
 
-# Where the disk is full: config.json; the first checkpoint, of 6.6 MB; the second, beside which the
-# first must stay.
+# The disk fills at config.json; at the first checkpoint, of 6.6 MB; at the second, which needs room
+# next to the first.
 @pytest.mark.parametrize(
     ("size", "epochs"),
     [
@@ -357,7 +356,7 @@ def test_a_disk_full_when_the_result_is_written(
     disk(f"size={(used + model) // 1024 + 60}k")
     options = [*unbroken.options, "--output", folder, "--resume"]
     full = victim.run(options, tmp_path / "full")
-    if name == "report.png":  # the result does not wait for its picture
+    if name == "report.png":  # the result does not depend on its picture
         assert full.code == 0
         assert "warning: no report.png" in full.stderr
         assert (folder / "metrics.json").exists()

@@ -1,4 +1,4 @@
-"""As many images as NIH has, and names that nobody would choose."""
+"""As many images as NIH has, and unlikely names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def label_csv(rows: list[tuple[str, str, int]]) -> bytes:
 
 
 def bucket_of(rows: list[tuple[str, str, int]]) -> dict[str, bytes]:
-    """The label file, and one radiograph under all names."""
+    """The label file, and the same radiograph under all names."""
     return {
         "Data_Entry_2017_v2020.csv": label_csv(rows),
         **{f"images/{name}": WHOLE for name, *_ in rows},

@@ -1,6 +1,4 @@
-"""What the user's machine and settings can be like: streams that nobody reads, terminals, errors of
-the system, settings of Keras and Matplotlib, and the memory of a container.
-"""
+"""The user's machine: unread streams, terminals, system errors, settings, container memory."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from helpers import ROOT, one_line, parse, run_process
 
 import xray_tensorflow as xray
 
-# A run in small: it prints more than a pipe holds, writes a file and prints its result.
+# A miniature run: it prints more than a pipe holds, writes a file and prints its result.
 PROGRAM = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import xray_tensorflow as xray
@@ -37,7 +35,7 @@ sys.exit(xray.run_script(main))
 
 
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a shell's command, in which `run` is the program above."""
+    """Run a shell command in which `run` is the program above."""
     (folder / "program.py").write_text(PROGRAM)
     run = f'run() {{ "{sys.executable}" program.py "$@"; }}; '
     return subprocess.run(
@@ -80,7 +78,7 @@ def test_an_error_line_escapes_what_cannot_be_printed() -> None:
     assert xray.one_line("a\n  b\x1b[2J \udcff ä") == r"a b\x1b[2J \udcff ä"
 
 
-# ---- errors of the system ----
+# ---- system errors ----
 
 
 @pytest.mark.parametrize(
@@ -131,11 +129,11 @@ def test_a_file_system_without_locks(
     run._lock.close()
 
 
-# ---- settings of the user ----
+# ---- user settings ----
 
 
 def import_keras(folder: Path, program: str, **environment: str) -> Any:
-    """Run a program that has imported TensorFlow and Keras as the scripts do."""
+    """Run a program after importing TensorFlow and Keras as the scripts do."""
     head = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'xray_tensorflow.py'\n"
     head += f"import xray_tensorflow as xray\ndef main():\n    xray.import_tensorflow()\n{program}"
     words = [f"{name}={text}" for name, text in environment.items()]

@@ -1,4 +1,4 @@
-"""Ingest by several processes: what it gives, what a kill loses, and that no process stays."""
+"""Ingest by several processes: its result, what a kill loses, and that no process is left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from static_s3 import static_s3
 import xray_tensorflow as xray
 
 FILMS = [draw_radiograph(f"{number:08}_000.png", [], 64) for number in range(4)]
-# Ingest as the scripts do it, without TensorFlow, on two cores.
+# The scripts' ingest, without TensorFlow, on two cores.
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one co
 
 
 def bucket_of(count: int) -> dict[str, bytes]:
-    """A label file, and so many films, four kinds in turn."""
+    """A label file and `count` films, cycling through four."""
     names = [f"{number:08}_000.png" for number in range(count)]
     rows = "\n".join(f"{name},Mass,{int(name[:8])}" for name in names)
     images = {f"images/{name}": FILMS[number % 4] for number, name in enumerate(names)}
@@ -59,17 +59,17 @@ def credentials_of(endpoint: str, folder: Path) -> Path:
 
 
 class Ingest(NamedTuple):
-    """A running ingest: the leader of a session of its own, to which its processes belong."""
+    """A running ingest: the leader of its own session, and the processes in it."""
 
     leader: subprocess.Popen
     endpoint: str
     cache: Path
 
     def processes(self) -> dict[int, str]:
-        """The command lines of all that run in the session."""
+        """The command lines of the session's processes."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # it has just ended
                 if os.getsid(int(folder.name)) == self.leader.pid:
                     state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
                     if state != "Z":
@@ -77,17 +77,17 @@ class Ingest(NamedTuple):
         return found
 
     def fetching(self) -> list[int]:
-        """The processes that fetch."""
+        """The fetching processes."""
         return [pid for pid, words in self.processes().items() if "spawn_main" in words]
 
     def served(self) -> int:
-        """Images that the server has sent."""
+        """The number of images that the server has sent."""
         return int(urllib.request.urlopen(self.endpoint).read()) - 1  # the label file
 
     def stored(self) -> int:
-        """Images in the cache."""
+        """The number of images in the cache."""
         with (
-            contextlib.suppress(sqlite3.OperationalError),  # not made yet
+            contextlib.suppress(sqlite3.OperationalError),  # not created yet
             contextlib.closing(sqlite3.connect(self.cache / "pixels.sqlite", timeout=60)) as cache,
         ):
             return cache.execute("SELECT count(*) FROM pixels").fetchone()[0]
@@ -100,7 +100,7 @@ class Ingest(NamedTuple):
             time.sleep(0.02)
 
     def end(self) -> str:
-        """Wait until all processes have ended: what they wrote to stderr."""
+        """Wait until all processes have ended; return their stderr."""
         self.wait_for(lambda: self.leader.poll() is not None)
         self.wait_for(lambda: not self.processes(), seconds=10)
         stderr = self.leader.stderr.read()
@@ -110,7 +110,7 @@ class Ingest(NamedTuple):
 
 @contextlib.contextmanager
 def ingest(folder: Path, endpoint: str, *options: Any, script: Path = ROOT) -> Iterator[Ingest]:
-    """Ingest by two processes, once they have begun to fetch."""
+    """Ingest by two processes that have begun to fetch."""
     credentials = credentials_of(endpoint, folder)
     words = ["--credentials", credentials, "--image-size", 32, "--cache", folder / "cache"]
     command = [sys.executable, "-c", PROGRAM, script, *words, *options]
@@ -150,7 +150,7 @@ def test_processes_fetch_what_one_does(tmp_path: Path) -> None:
 
 
 def follow(running: Ingest, enough: int) -> list[int]:
-    """How many of the images that were sent are not stored, at many moments until `enough` are."""
+    """Samples of the number of images sent but not stored, until `enough` are stored."""
     behind = []
     stored = 0
     while stored < enough:
@@ -168,7 +168,7 @@ def follow(running: Ingest, enough: int) -> list[int]:
 def test_a_kill_loses_less_than_a_second_and_leaves_no_process(
     tmp_path: Path, images: int, enough: int
 ) -> None:
-    """Films so small, from a server so fast, that threads keep Python's lock busy."""
+    """Small films from a fast server keep the threads busy with Python's lock."""
     with (
         static_s3(bucket_of(images), 0) as endpoint,
         ingest(tmp_path, endpoint) as running,
@@ -178,10 +178,10 @@ def test_a_kill_loses_less_than_a_second_and_leaves_no_process(
         behind = follow(running, enough)
         a_second = enough / (time.monotonic() - start)
         running.leader.kill()
-        assert "\n" not in running.end()  # progress alone, which stays on a line
+        assert "\n" not in running.end()  # only progress, which stays on one line
         lost = running.served() - running.stored()
-    # Of each process: 64 images that wait, and those of a tenth of a second, in its hand and on the
-    # way.
+    # Per process: 64 images that wait, and those of a tenth of a second, being processed and in
+    # transit.
     bound = max(a_second, 2 * (64 + 2 * 100))
     assert lost < bound
     assert max(behind) < bound

@@ -1,12 +1,11 @@
-"""Check that the blocks which several scripts share are the same to the byte; with --write, copy
-them from their home.
+"""Check that blocks shared by several scripts are identical; with --write, copy them.
 
-    python tests/repository/sync_common.py            exit code 1 and a diff where they differ
-    python tests/repository/sync_common.py --write    copy the blocks of xray_tensorflow.py to those that have them
+    python tests/repository/sync_common.py            exit code 1 and a diff if they differ
+    python tests/repository/sync_common.py --write    copy the blocks of xray_tensorflow.py to the other scripts
 
-A block stands between `# ---- common to NAME: begin ----` and `# ---- common to NAME: end ----`;
-text after the second dashes is free. Every script has the block of all three, those for one machine
-have a second one.
+A block is between `# ---- common to NAME: begin ----` and `# ---- common to NAME: end ----`; text
+after the second dashes is free. One block is in all three scripts, another in those for one
+machine.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ BLOCKS = {
 
 
 def find_block(text: str, name: str) -> tuple[int, int]:
-    """Where the block called `name` begins and ends in `text`. Raises ValueError unless it has one
-    pair of markers.
-    """
+    """Start and end of the block `name` in `text`. Raises ValueError if it is not there once."""
     begins, ends = (
         [
             match.start()
@@ -43,9 +40,7 @@ def find_block(text: str, name: str) -> tuple[int, int]:
 
 
 def sync(root: Path = ROOT, write: bool = False) -> list[str]:
-    """The differences between the scripts in `root`, as lines; with `write` they are fixed and none
-    are left.
-    """
+    """Differences between the scripts in `root`, as lines; with `write`, none: they are fixed."""
     home = (root / HOME).read_text(encoding="utf-8")
     lines = []
     for name, scripts in BLOCKS.items():

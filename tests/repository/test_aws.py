@@ -1,6 +1,4 @@
-"""The AWS kit: its JSON against AWS's own models, its page's commands from top to bottom against
-moto and stubs.
-"""
+"""The AWS kit: its JSON against AWS's models, its page's commands against moto and stubs."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ xray_elephas = pytest.importorskip("xray_elephas")
 PAGE = ROOT / "docs" / "aws.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
-# On PATH before the real ones, for what is not AWS's API: hosts to log in to, NIH's server, and
-# answers moto lacks.
+# First on PATH, for what is not AWS's API: hosts to log in to, NIH's server, answers moto lacks.
 STUBS = {
     "ssh": 'echo "ssh $*" >> calls',
     "scp": 'echo "scp $*" >> calls; ls $(tr " " "\\n" <<< "$*" | grep -E "^(xray|requirements|cred)") > /dev/null',
@@ -56,7 +53,7 @@ def document(name: str) -> dict:
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    """A moto server: all of AWS's services at one address."""
+    """A moto server: all AWS services at one address."""
     with serve() as endpoint:
         yield endpoint
 
@@ -74,13 +71,11 @@ def test_the_cluster_is_one_that_emr_takes(endpoint: str) -> None:
 
 
 def test_an_executor_fits_a_node() -> None:
-    """By docs/aws.md: 12,288 MB a node, of which YARN's application master takes 896
-    on one.
-    """
+    """docs/aws.md: 12,288 MB a node, 896 of them for YARN's application master on one."""
     conf = {
         "spark.executor.cores": "4",
         "spark.executor.instances": "2",
-    }  # what the page's spark-submit asks for
+    }  # as in the page's spark-submit
     settings = xray_elephas.spark_settings(xray_elephas.elephas_parser().parse_args([]), conf)
     overhead = int(settings["spark.executor.memoryOverhead"].rstrip("m"))
     (spark,) = document("emr_cluster.json")["Configurations"]
@@ -88,7 +83,7 @@ def test_an_executor_fits_a_node() -> None:
     executor = 3 * 1024 + overhead
     executor += -executor % 32
     assert executor + 512 + 384 <= 12288
-    assert f"{executor:,} MB" in PAGE.read_text()
+    assert f"| executor | {executor:,} |" in PAGE.read_text()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +126,7 @@ def test_a_policy_gives_these_rights_and_no_others(
         )
     assert given == rights
     iam = boto3.client("iam", endpoint_url=endpoint, **KEYS)
-    # Moto checks the grammar, as IAM does.
+    # Like IAM, moto checks the grammar.
     iam.create_policy(PolicyName="xray", PolicyDocument=json.dumps(policy))
     with pytest.raises(iam.exceptions.MalformedPolicyDocumentException):
         iam.create_policy(
@@ -152,9 +147,7 @@ def test_shellcheck_of_the_pages_commands() -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path, endpoint: str) -> tuple[Path, dict[str, str]]:
-    """A copy of the repository's files with NIH's beside them, and an environment with moto for
-    AWS, and the stubs.
-    """
+    """A copy of the repository's and NIH's files, and an environment with moto and the stubs."""
     folder, stubs = tmp_path / "desk", tmp_path / "stubs"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "tests", "runs", "cache"))
     stubs.mkdir()
@@ -196,8 +189,7 @@ def names(endpoint: str) -> set[str]:
 @pytest.mark.skipif(not shutil.which("aws"), reason="needs AWS CLI")
 def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint: str) -> None:
     folder, environment = desk
-    # What the page says to run on an instance, and what only shows on a machine with a cluster, is
-    # not for the desk.
+    # Skip commands for an instance, and output that needs a cluster.
     here = [
         block for block in blocks(PAGE) if not re.search(r"pip install|spark-submit|yarn ", block)
     ]
@@ -232,7 +224,7 @@ def test_the_page_from_top_to_bottom(desk: tuple[Path, dict[str, str]], endpoint
 
     run([(folder / "state").read_text(), *here[-2:]])
     assert emr.list_clusters(ClusterStates=["WAITING"])["Clusters"] == []
-    # moto leaves a cluster's own instances running.
+    # moto does not terminate a cluster's instances.
     found = ec2.describe_instances(Filters=[{"Name": "key-name", "Values": ["xray"]}])[
         "Reservations"
     ]

@@ -1,4 +1,4 @@
-"""tests/tools/compare_runs.py on run folders written by hand, and on a real one."""
+"""tests/tools/compare_runs.py on handwritten run folders and on a real one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = {
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
-    """Write a run folder with this name, speed in images/s, target, data digest and arguments."""
+    """Call to write a run folder with this name, images/s, target, data digest and arguments."""
 
     def write(
         name: str, speed: float, target: dict[str, Any], data: str = "abc", **arguments: object
@@ -119,7 +119,7 @@ def test_learning_is_drawn_against_epochs_and_seconds(make: Callable[..., Path])
         ),
         ({"image_size": 64}, r"different CNN: \S+a has --image-size 128, \S+b 64"),
         ({"weights": "none"}, r"different CNN: \S+a has --weights imagenet, \S+b none"),
-        ({"data": "def"}, r"different data: \S+a and \S+b are not of the same images and labels"),
+        ({"data": "def"}, r"different data: \S+a and \S+b do not have the same images and labels"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

@@ -1,6 +1,4 @@
-"""tests/tools/contact_sheet.py: what it says of an image, where the network looks, and a sheet of a
-real run.
-"""
+"""tests/tools/contact_sheet.py: an image's findings, its map, and the sheet of a real run."""
 
 from __future__ import annotations
 
@@ -66,21 +64,21 @@ def test_no_finding_is_not_the_most_probable_finding() -> None:
 
 
 def without_sigmoid(keras: Any, model: Any) -> Any:
-    """The model, changed to give the logits themselves."""
+    """The model, changed to return logits."""
     model.get_layer("findings").activation = keras.activations.linear
     return model
 
 
 @pytest.mark.parametrize("size", [32, 100, 128])
 def test_a_map_and_the_bias_sum_up_to_the_logit(size: int, keras: Any, run: Any) -> None:
-    """Of the trained model of 32 pixels, and of larger ones."""
+    """Tests the trained model of 32 pixels, and larger ones."""
     pixels = np.random.default_rng(0).integers(0, 256, (4, size, size), np.uint8)
     if size == 32:
         model = load_model(run.folder / "model.keras")
     else:
         labels = np.eye(15, dtype=np.float32)
         model = xray.build_cnn(parse("--image-size", size, "--weights", "none"), labels)
-        # Without the statistics of some images the last feature map is almost 0.
+        # Without statistics from images the last feature map is almost 0.
         for layer in model.get_layer("mobilenet").layers:
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.momentum = 0
@@ -111,8 +109,8 @@ def test_a_map_lies_where_the_network_looks(keras: Any) -> None:
         values[place, 3] = 1
         drawn, _ = np.unravel_index(enlarge(values, size).argmax(), (size, size))
         assert drawn == 32 * place + 31
-        # A film's edges cut the gradient off, which moves its centre to the middle; a map that is
-        # stretched from edge to edge would be 16 pixels off everywhere.
+        # A film's edges cut the gradient off, moving its centre to the middle; a map stretched from
+        # edge to edge would be 16 pixels off everywhere.
         assert abs(drawn - centre) < 10
 
 
@@ -132,7 +130,7 @@ def test_a_sheet_of_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureF
     with Image.open(sheet) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         assert image.width == 887
-    # Something was found, and something missed.
+    # Some findings were found, some missed.
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
         assert (pixels == colour).all(axis=1).any()
 
@@ -146,14 +144,14 @@ def test_a_sheet_of_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert printed.startswith(error)
     assert printed.count("\n") == 1
     assert main([*command, "--cache", str(tmp_path)]) == 2
-    assert f"error: no {tmp_path}/pixels.sqlite: name the run's --cache" in capsys.readouterr().err
+    assert f"error: no {tmp_path}/pixels.sqlite: give the run's --cache" in capsys.readouterr().err
     copy = tmp_path / "run"
     shutil.copytree(run.folder, copy)
     config = json.loads((copy / "config.json").read_text())
     config["arguments"]["image_size"] = 64
     (copy / "config.json").write_text(json.dumps(config))
     assert main([str(copy), *command[1:]]) == 2
-    assert "png of 64 pixels a side: name the run's --cache" in capsys.readouterr().err
+    assert "png of 64 pixels a side: give the run's --cache" in capsys.readouterr().err
     for name in ("model.keras", "metrics.json"):
         (copy / name).unlink()
         assert main([str(copy), *command[1:]]) == 2
@@ -162,7 +160,7 @@ def test_a_sheet_of_a_real_run(run: Any, tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 def test_the_tool_prints_nothing(run: Any, tmp_path: Path) -> None:
-    """Not even what TensorFlow says at its start."""
+    """Not even TensorFlow's startup messages."""
     cache = run.folder.parent.parent / "cache"
     tool = ROOT / "tests" / "tools" / "contact_sheet.py"
     command = [sys.executable, tool, run.folder, "--cache", cache, "--finding", "Mass"]

@@ -1,6 +1,4 @@
-"""README and docs: links resolve, commands name what exists, README's snippet scores a
-radiograph.
-"""
+"""README and docs: links resolve, commands exist, README's snippet scores a radiograph."""
 
 from __future__ import annotations
 
@@ -24,27 +22,27 @@ import xray_tensorflow as xray
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 TEST_PAGES = [ROOT / "tests" / "README.md", ROOT / "tests" / "FAULTS.md"]
 PAGES = [ROOT / "README.md", *TEST_PAGES, *DOCS]
-# Options that the pages name in their text and that are of other programs.
+# Options of other programs that the pages mention in their text.
 FOREIGN = {
     "--files", "--executor-cores", "--deploy-mode", "--num-executors", "--driver-memory", "--cli-input-json", "--write",
 }  # fmt: skip
 
 
 def text_and_code(page: Path) -> tuple[str, list[str]]:
-    """A page without its fenced blocks, and those."""
+    """A page's text without its fenced blocks, and the blocks."""
     fence = r"(?ms)^```[^\n]*\n(.*?)^```$"
     return re.sub(fence, "", page.read_text()), re.findall(fence, page.read_text())
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub gives a page's headings."""
+    """The anchors that GitHub gives a page's headings."""
     headings = re.findall(r"(?m)^#+ (.+)$", text_and_code(page)[0])
     plain = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading) for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
 
 
 def options(script: Path) -> set[str]:
-    """The options that a script declares; xray_*.py have all that stand in their common block."""
+    """A script's own options; all of xray_*.py declare those of the common block."""
     return set(re.findall(r'"(--[a-z-]+)"', script.read_text())) | {"--help"}
 
 

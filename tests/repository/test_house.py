@@ -1,6 +1,4 @@
-"""Rules of the house: versions agree, a script works alone, and it starts without what --help does
-not need.
-"""
+"""House rules: versions agree, a script works alone, --help loads nothing that it does not need."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def metadata(script: Path) -> tuple[str, list[str]]:
-    """requires-python and dependencies of a script's PEP 723 block. Python 3.10 has no parser of
-    TOML.
-    """
+    """requires-python and dependencies of a script's PEP 723 block (Python 3.10 has no tomllib)."""
     (block,) = re.findall(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", script.read_text())
     text = re.sub("(?m)^# ?", "", block)
     (python,) = re.findall('^requires-python = "(.*)"$', text, re.MULTILINE)
@@ -35,7 +31,7 @@ def metadata(script: Path) -> tuple[str, list[str]]:
 
 
 def installed_for_elephas() -> list[str]:
-    """The versions that stand in elephas_libs.sh."""
+    """The versions in elephas_libs.sh."""
     (lines,) = re.findall(
         r"(?ms)<<'END'\n(tensorflow.*?)^END$", (ROOT / "elephas_libs.sh").read_text()
     )
@@ -46,7 +42,7 @@ def installed_for_elephas() -> list[str]:
 def test_metadata_agrees_with_requirements(script: Path) -> None:
     python, dependencies = metadata(script)
     assert python == ">=3.10,<3.14"
-    # On a GPU it is the same TensorFlow, with CUDA beside it.
+    # On a GPU it is the same TensorFlow, plus CUDA.
     lines = [line.replace("[and-cuda]", "") for line in dependencies]
     if script.name == "xray_elephas.py":
         assert lines == installed_for_elephas()
@@ -83,7 +79,7 @@ def test_metadata_has_what_the_script_imports(script: Path) -> None:
     packages = {re.split("[=<>~ ;[]", line)[0] for line in metadata(script)[1]}
     declared = {IMPORTED_AS.get(package, package) for package in packages}
     assert "numpy" in needed
-    assert needed <= declared | {"botocore", "py4j"}  # which boto3 and pyspark pin
+    assert needed <= declared | {"botocore", "py4j"}  # pinned by boto3 and pyspark
 
 
 def test_every_requirement_is_pinned() -> None:
@@ -151,7 +147,7 @@ def test_a_secret_that_ps_would_show_is_noticed() -> None:
         ["sleep", "60"], env={**os.environ, "TOKEN": SECRETS["aws_session_token"]}
     ) as process:
         try:
-            # A moment after Popen the kernel fills it in.
+            # The kernel fills it in shortly after Popen.
             while not Path(f"/proc/{process.pid}/environ").read_bytes():
                 time.sleep(0.01)
             with pytest.raises(AssertionError, match=str(process.pid)):

@@ -1,6 +1,4 @@
-"""The blocks that several scripts share are the same in each: sync_common.py says so, and would
-notice.
-"""
+"""Blocks shared by several scripts are identical, and sync_common.py notices if not."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ def test_blocks_of_the_scripts_are_equal() -> None:
 
 
 def test_every_script_has_a_home_for_what_it_shares() -> None:
-    """No script defines in its own part what a common block defines too."""
+    """No script redefines anything from a common block."""
     home = SCRIPT.read_text()
     for name, scripts in BLOCKS.items():
         begin, end = find_block(home, name)
@@ -38,7 +36,7 @@ def test_every_script_has_a_home_for_what_it_shares() -> None:
 
 @pytest.fixture
 def copies(tmp_path: Path) -> Path:
-    """A folder with the script and a sibling that has other words around the same blocks."""
+    """A folder with the script and a sibling that has other text around the same blocks."""
     text = SCRIPT.read_text()
     (tmp_path / SCRIPTS[0]).write_text(text)
     (tmp_path / SCRIPTS[1]).write_text(

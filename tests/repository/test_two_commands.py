@@ -1,6 +1,7 @@
-"""README's two commands in a new Debian that has nothing but python3 and python3-venv: no Java, no
-compiler, no git, no locale. An hour each on two cores. Needs root and debootstrap, and takes pip's
-settings of this machine.
+"""README's two commands in a new Debian with only python3 and python3-venv.
+
+No Java, compiler, git or locale. Takes an hour each on two cores. Needs root and debootstrap, and
+uses this machine's pip settings.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from helpers import ROOT
 pytestmark = pytest.mark.slow
 
 PIP = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-# The rest of what a process in the root sees: its own /proc and a /dev/shm.
+# What else a process in the root needs: its own /proc and a /dev/shm.
 ENTER = """
 mount -t proc proc "$0/proc"
 mkdir -p "$0/dev/shm"
@@ -28,14 +29,14 @@ exec chroot "$0" "$@"
 
 
 def commands() -> list[str]:
-    """The two lines."""
+    """The two command lines."""
     blocks = re.findall(r"(?ms)^```bash\n(.*?)\n```$", (ROOT / "README.md").read_text())
     return [block for block in blocks if ".venv/bin/python" in block]
 
 
 @pytest.fixture
 def debian(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """The folder of the new Debian, with the repository's files in /xray."""
+    """The root folder of the new Debian, with the repository's files in /xray."""
     if not shutil.which("debootstrap") or os.geteuid():
         pytest.skip("needs root and Debian's debootstrap")
     root = tmp_path / "root"
@@ -67,5 +68,5 @@ def test_they_work_in_a_bare_debian(debian: Path) -> None:
         done = subprocess.run(entered, capture_output=True, text=True, timeout=7200)
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
-    # Java is PyPI's, and Spark's tests were not skipped for want of one.
+    # Java is PyPI's, and the Spark tests were not skipped for lack of one.
     assert "Spark needs Java" not in done.stdout

@@ -1,6 +1,4 @@
-"""Every pin has a wheel where the docs say that the scripts run. Asks PyPI, downloads nothing to
-keep.
-"""
+"""Every pin has a wheel on the platforms in the docs. Asks PyPI; keeps no downloads."""
 
 from __future__ import annotations
 
@@ -18,18 +16,18 @@ pytestmark = pytest.mark.slow
 
 UV = Path(sys.executable).with_name("uv")
 PAGES = ["xray_gpu.md", "aws.md"]
-# glibc 2.28 is Debian 10's; EMR 7 and the AMI of Amazon Linux 2023 have 2.34.
+# Debian 10 has glibc 2.28; EMR 7 and the AMI of Amazon Linux 2023 have 2.34.
 PLATFORMS = ["x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"]
 
 
 def ask_pypi(command: list[object]) -> None:
-    """Run pip or uv, which must succeed. Skips the test where PyPI is out of reach."""
+    """Run pip or uv, which must succeed. Skips the test if PyPI is unreachable."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if re.search(
         "Failed to (establish a new connection|fetch)|Max retries|Temporary failure|dns error",
         done.stderr,
     ):
-        pytest.skip("PyPI is out of reach")
+        pytest.skip("PyPI is unreachable")
     assert done.returncode == 0, done.stderr
 
 
@@ -38,8 +36,9 @@ def ask_pypi(command: list[object]) -> None:
 def test_all_that_the_commands_install_has_wheels(
     python: str, platform: str, tmp_path: Path
 ) -> None:
-    """README's two commands; pyspark and elephas are not in it: they are Python alone, pyspark a
-    source archive, and elephas comes without its dependencies.
+    """README's two commands, without pyspark and elephas.
+
+    Both are pure Python, pyspark a source archive; elephas is installed without its dependencies.
     """
     text = (ROOT / "elephas_libs.sh").read_text()
     spark = [
@@ -56,14 +55,14 @@ def test_all_that_the_commands_install_has_wheels(
 
 @pytest.mark.parametrize("script", ["xray_tensorflow.py", "xray_gpu.py", "xray_elephas.py"])
 def test_uv_run_finds_what_the_metadata_asks_for(script: str, tmp_path: Path) -> None:
-    """On each Python of the script's requires-python, xray_elephas.py too in spite of elephas'."""
+    """On each Python of the script's requires-python, even xray_elephas.py despite elephas'."""
     shutil.copy(ROOT / script, tmp_path)
     how = ["--no-python-downloads", "--python", sys.executable]
     ask_pypi([UV, "lock", "--quiet", *how, "--script", tmp_path / script])
 
 
 def recipe(page: str) -> list[str]:
-    """The commands of the page that install for g3s.xlarge."""
+    """The page's commands that install for g3s.xlarge."""
     text = (ROOT / "docs" / page).read_text()
     (commands,) = re.findall(
         r"(?m)^(grep .*requirements.txt.*)\n(pip install -r requirements-2.16.txt .*)$", text
@@ -76,12 +75,12 @@ def test_the_pages_have_one_recipe() -> None:
 
 
 def test_the_recipe_for_amazon_linux_2_has_wheels(tmp_path: Path) -> None:
-    """Python 3.10 and glibc 2.26, which uv does not know: the AMI that AWS lists for g3s.xlarge."""
+    """Python 3.10 and glibc 2.26, which uv does not know: AWS's AMI for g3s.xlarge."""
     command, install = recipe("xray_gpu.md")
     (tmp_path / "requirements.txt").write_text((ROOT / "requirements.txt").read_text())
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     added = [word.strip('"').replace("[and-cuda]", "") for word in install.split()[4:]]
-    # pip would apply a pin's marker to the Python that it runs on.
+    # pip would apply a pin's marker to the Python it runs on.
     lines = [Requirement(pin) for pin in requirements(tmp_path / "requirements-2.16.txt")]
     chosen = [
         f"{line.name}{line.specifier}"

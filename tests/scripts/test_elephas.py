@@ -1,7 +1,6 @@
-"""xray_elephas.py, run as a user runs it: by spark-submit on executors that are processes of their
-own, and by python.
+"""xray_elephas.py as a user runs it: by spark-submit on separate executor processes, or python.
 
-Spark sends the functions of the submitted file by value, those of an imported module by name: jobs
+Spark pickles functions of the submitted file by value, those of an imported module by name: jobs
 need a process.
 """
 
@@ -56,7 +55,7 @@ WORDS = re.compile("|".join(map(re.escape, SECRETS.values())))
 
 
 def losses(folder: Path) -> np.ndarray:
-    """What history.csv says of each epoch but its times."""
+    """Each epoch's losses and AUROC in history.csv."""
     names = ("loss", "validation_loss", "validation_auroc")
     with (folder / "history.csv").open() as file:
         return np.array(
@@ -65,13 +64,13 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for path in tasks for child in path.read_text().split()]
 
 
 def executors_of(pid: int) -> list[int]:
-    """The executor processes that a driver has started."""
+    """The executor processes of a driver."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -86,12 +85,12 @@ def executors_of(pid: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs of this module lie, with the cache that they share."""
+    """The folder of this module's runs and of their shared cache."""
     return tmp_path_factory.mktemp("elephas")
 
 
 class Watcher(threading.Thread):
-    """Reads the environment page of Spark's UI as long as it is there."""
+    """Reads the environment page of Spark's UI while it exists."""
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
@@ -112,9 +111,7 @@ class Watcher(threading.Thread):
 
 @pytest.fixture(scope="module")
 def submitted(credentials: Path, folder: Path) -> tuple[Finished, Path, str]:
-    """A run of one epoch by the lone file, its folder, and all that Spark showed and logged of
-    it.
-    """
+    """A one-epoch run of the lone file, its folder, and Spark's web pages and logs of it."""
     home = folder / "lone"
     home.mkdir()
     shutil.copy(credentials, home / "credentials.yml")
@@ -188,7 +185,7 @@ def test_screen_is_quiet(submitted: tuple) -> None:
 
 def test_secrets_are_in_no_log_and_no_page(submitted: tuple) -> None:
     finished, output, shown = submitted
-    assert "spark.executorEnv" in shown  # it is the environment page, and the log
+    assert "spark.executorEnv" in shown  # the environment page and the log
     assert '"SparkListenerEnvironmentUpdate"' in shown
     assert not WORDS.search(shown + finished.stdout + finished.stderr)
     for path in output.iterdir():
@@ -197,7 +194,7 @@ def test_secrets_are_in_no_log_and_no_page(submitted: tuple) -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(submitted: tuple, credentials: Path, folder: Path) -> tuple[dict, Path]:
-    """The result and the folder of a run of 8 epochs, with the module's cache."""
+    """Result and folder of a run of 8 epochs with the module's cache."""
     home, output = folder / "unbroken", folder / "unbroken" / "run"
     home.mkdir()
     words = as_options(credentials=credentials, cache=folder / "cache", output=output, epochs=8)
@@ -227,11 +224,10 @@ def drivers(folder: Path) -> dict[str, int]:
 
 
 def kill_executors(folder: Path, marks: list[Path], hold: float = 0) -> Callable[[], bool]:
-    """To call again and again while the run of `folder` goes on, as `stop`, which it never asks
-    for.
+    """A callable to poll as `stop` during the run of `folder`; it never asks for the signal.
 
-    Kills an executor a second after each of the marks is there, takes the mark off the list, and
-    holds the other executors up for `hold` seconds.
+    A second after each mark appears, kills an executor, removes the mark from the list and pauses
+    the other executors for `hold` seconds.
     """
 
     def kill() -> bool:
@@ -270,12 +266,12 @@ def test_a_resumed_run_that_loses_an_executor_as_it_fetches(
     before, after = losses(submitted[1]), losses(tmp_path / "run")
     assert np.array_equal(after[:1], before)
     assert after.shape == (2, 3)
-    assert after[1, 0] < before[0, 0]  # it goes on learning from where it was
+    assert after[1, 0] < before[0, 0]  # learning continues
 
 
 @pytest.mark.slow
 def test_images_that_cannot_be_made_anew_are_one_line(shared: list, tmp_path: Path) -> None:
-    """The cache is damaged in the first epoch, and then an executor is lost with what it held."""
+    """The cache is damaged in the first epoch, then an executor is lost with its images."""
     cache, history = tmp_path / "cache", tmp_path / "run" / "history.csv"
     kill = kill_executors(tmp_path, [history])
 
@@ -288,7 +284,7 @@ def test_images_that_cannot_be_made_anew_are_one_line(shared: list, tmp_path: Pa
     words = [*shared, "--cache", cache, "--epochs", 30]
     finished = submit(tmp_path, *words, stop=(damage_and_kill, signal.SIGTERM))
     assert finished.code == 2
-    # Not error_line: Java shows a trace of its own where it was about to write to the executor.
+    # Not error_line: Java prints a trace if it was about to write to the executor.
     problem = finished.stdout.splitlines()[-1]
     assert "images were lost as Spark made an executor's share anew" in problem
 
@@ -300,15 +296,15 @@ def test_executors_killed_or_slow_and_a_resumed_run_change_nothing(
     marks = [
         tmp_path / "cache",
         tmp_path / "run" / "history.csv",
-    ]  # in ingest, and in the second epoch
+    ]  # during ingest and the second epoch
     words = [*shared, "--cache", tmp_path / "cache"]
     kill = kill_executors(tmp_path, marks, hold=10)
     finished = submit(tmp_path, *words, "--epochs", 2, stop=(kill, signal.SIGTERM))
     assert not marks
     assert result_of(finished)["images"] == unbroken[0]["images"]
-    # The losses, and not to the bit: one has been seen to differ in the last digit of float32. So
-    # early the scores of all images can be as close as that, which leaves the AUROC to rounding: it
-    # has been seen to differ by 2 %.
+    # Compare losses, and not to the bit: one was seen to differ in float32's last digit. At this
+    # stage the scores of all images can be that close, so rounding decides the AUROC: it was seen
+    # to differ by 2 %.
     whole = losses(unbroken[1])[:, :2]
     assert losses(tmp_path / "run")[:, :2] == pytest.approx(whole[:2], rel=1e-6)
     resumed = result_of(submit(tmp_path, *words, "--resume"))
@@ -333,13 +329,13 @@ LOOPBACK = ("spark.driver.host=127.0.0.1",)
 
 
 def serves(port: int) -> bool:
-    """Is the parameter server there?"""
+    """Whether the parameter server is listening."""
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def post(port: int, body: bytes, key: str = "", **words: Any) -> int:
-    """The status of an update of the weights, by worker 0 after epoch 1 unless `words` say else."""
+    """Post an update of the weights, by default by worker 0 after epoch 1; return the status."""
     words = {"worker": 0, "epoch": 1, "loss": 0.5, **words}
     headers = {f"Xray-{name.title()}": str(word) for name, word in words.items()}
     headers.update({"Authorization": f"Bearer {key}"} if key else {})
@@ -352,7 +348,7 @@ def post(port: int, body: bytes, key: str = "", **words: Any) -> int:
 
 
 def announce(port: int, size: int, key: str = "") -> bytes:
-    """The first line that answers an update of `size` bytes of which four come."""
+    """Announce an update of `size` bytes but send four; return the first line of the answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         head = f"POST /update HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {size}\r\n\r\n"
         client.sendall(head.encode() + b"half")
@@ -363,9 +359,7 @@ def announce(port: int, size: int, key: str = "") -> bytes:
 def test_asynchronous_among_strangers(
     submitted: tuple, asynchronous: list, port: int, tmp_path: Path
 ) -> None:
-    """Requests without the run's key reach the server while it serves, one of them half: the run
-    goes on.
-    """
+    """Requests without the run's key, one of them cut off, do not disturb a run."""
     answers, halves = [], []
 
     def disturb() -> bool:
@@ -394,9 +388,7 @@ def test_asynchronous_among_strangers(
 
 
 def check_history(folder: Path, result: dict, epochs: int) -> None:
-    """Fail unless each epoch was validated, and the best one was evaluated and kept with the
-    last.
-    """
+    """Fail unless each epoch was validated, and the best was evaluated and kept with the last."""
     history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
     assert list(history["epoch"]) == list(range(1, epochs + 1))
     assert np.isfinite(history).all(axis=None)
@@ -412,7 +404,7 @@ def check_history(folder: Path, result: dict, epochs: int) -> None:
 def test_what_the_parameter_server_takes(
     keras: Any, port: int, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Updates of its weights by who has the key; anything else is refused, and holds nobody up."""
+    """It accepts updates from clients with the key; it refuses the rest and delays nobody."""
     from elephas.utils.serialization import model_to_dict
 
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
@@ -423,7 +415,7 @@ def test_what_the_parameter_server_takes(
     server.start()
     try:
         assert post(port, good) == post(port, good, "another") == post(port, good, "kéy") == 401
-        # Its body is not waited for.
+        # The server does not wait for its body.
         assert announce(port, 500_000_000) == b"HTTP/1.1 401 UNAUTHORIZED"
         assert announce(port, 500_000_000, "the key") == b"HTTP/1.1 413 REQUEST ENTITY TOO LARGE"
         same_size = b"x" * len(good)
@@ -447,7 +439,7 @@ def test_what_the_parameter_server_takes(
             {"loss": "inf"},
         ):
             assert post(port, good, "the key", **words) == 400, words
-        stalled = socket.create_connection(("127.0.0.1", port))  # has the key, and sends half
+        stalled = socket.create_connection(("127.0.0.1", port))  # has the key, but sends half
         stalled.sendall(b"POST /update HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer the key\r\n")
         stalled.sendall(f"Content-Length: {len(good)}\r\n\r\nhalf".encode())
         assert post(port, good, "the key") == 200
@@ -463,7 +455,7 @@ def test_what_the_parameter_server_takes(
 
 
 def running_tasks(pages: int) -> int:
-    """Tasks that run now, by the REST API of Spark's UI."""
+    """The number of running tasks, from the REST API of Spark's UI."""
     here = f"http://localhost:{pages}/api/v1/applications"
     with urllib.request.urlopen(here) as answer:
         (application,) = json.load(answer)
@@ -472,8 +464,9 @@ def running_tasks(pages: int) -> int:
 
 
 def elephas_bytes(weights: list[np.ndarray]) -> bytes:
-    """An update as Elephas sends it: its format is in the docstring of
-    elephas.utils.serialization.
+    """An update as Elephas sends it.
+
+    The docstring of elephas.utils.serialization describes the format.
     """
     parts = [np.uint32(len(weights)).tobytes()]
     for array in weights:
@@ -492,7 +485,7 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_re
     killed, pages = [], free_port()
 
     def kill_one() -> bool:
-        """As both executors train, by what Spark's UI says, and an epoch has been kept."""
+        """Kill while both executors train, according to Spark's UI, and an epoch has been kept."""
         kept = (tmp_path / "run" / "history.csv").exists()
         if not killed and kept and running_tasks(pages) == 2:
             killed.extend(executors_of(drivers(tmp_path)["java"])[:1])
@@ -505,8 +498,8 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_re
     words = [*asynchronous, "--epochs", 30]
     finished = submit(tmp_path, *words, conf=conf, stop=(kill_one, signal.SIGTERM))
     assert finished.code == 2
-    # Not error_line: this cluster's master is in the driver's JVM, and may be ending while it
-    # replaces the executor, which Java shows as a trace of its own.
+    # Not error_line: this cluster's master is in the driver's JVM, and may end while it replaces
+    # the executor, for which Java prints a trace.
     problem = finished.stdout.splitlines()[-1]
     assert problem.startswith("xray_elephas.py: error: an executor was lost")
     assert "--resume" in problem
@@ -515,9 +508,9 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_re
 
 
 def check_resumed(words: list[Any], folder: Path) -> None:
-    """Resume the run in `folder`, which was broken off before its last epoch, on another port.
+    """Resume the run in `folder`, interrupted before its last epoch, on another port.
 
-    Fails unless it goes on from the epochs that were kept.
+    Fails unless it continues from the kept epochs.
     """
     before = pd.read_csv(folder / "run" / "history.csv", float_precision="round_trip")
     assert before["validation_auroc"].isna().all()
@@ -531,7 +524,7 @@ def check_resumed(words: list[Any], folder: Path) -> None:
     after = pd.read_csv(folder / "run" / "history.csv", float_precision="round_trip")
     trained = ["epoch", "loss", "seconds", "images_per_second"]
     pd.testing.assert_frame_equal(after[trained][:-1], before[trained], check_exact=True)
-    assert after["loss"].iloc[-1] < before["loss"].iloc[0]  # it goes on learning from where it was
+    assert after["loss"].iloc[-1] < before["loss"].iloc[0]  # learning continues
 
 
 @pytest.mark.slow
@@ -539,7 +532,7 @@ def check_resumed(words: list[Any], folder: Path) -> None:
 def test_a_killed_driver_loses_no_epoch_that_was_kept(
     submitted: tuple, shared: list, tmp_path: Path, mode: str
 ) -> None:
-    """Killed while it trains; and the run that goes on, while it validates."""
+    """Kill the run while it trains, and the resumed run while it validates."""
     words = [*shared, "--mode", mode, "--port", free_port()]
     history = tmp_path / "run" / "history.csv"
 
@@ -547,7 +540,7 @@ def test_a_killed_driver_loses_no_epoch_that_was_kept(
         return int(pd.read_csv(history)["validation_auroc"].notna().sum())
 
     def submit_and_kill(least: int, *more: Any) -> None:
-        """Run the script; kill it when `least` epochs are validated, and one is kept."""
+        """Run the script; kill it once `least` epochs are validated and one is kept."""
         killed = []
 
         def kill() -> bool:
@@ -574,7 +567,7 @@ def test_a_killed_driver_loses_no_epoch_that_was_kept(
 def test_a_disk_that_fills_up_as_epochs_are_kept_ends_the_run(
     submitted: tuple, asynchronous: list, port: int, disk: Callable, tmp_path: Path
 ) -> None:
-    output = disk("size=32m") / "run"  # a checkpoint has 13 MB, and is to have 15 MB of room
+    output = disk("size=32m") / "run"  # a checkpoint has 13 MB and needs 15 MB of room
     words = [*asynchronous, "--output", output]
     problem = error_line(submit(tmp_path, *words, "--epochs", 30, conf=LOOPBACK))
     assert "No space left on device" in problem
@@ -623,7 +616,7 @@ def members(session: int) -> dict[int, str]:
 def run_apart(
     start: list[Any], words: list[Any], folder: Path, act: Callable[[], bool]
 ) -> tuple[Finished, int]:
-    """Run the script in a session of its own, and `act` on it again and again until it is True."""
+    """Run the script in its own session, calling `act` on it until it returns True."""
     command = ["setsid", "env", f"PYSPARK_PYTHON={sys.executable}", *start, SCRIPT, *QUICK, *words]
     sessions = []
 
@@ -705,11 +698,9 @@ def test_a_killed_java_is_one_line(asynchronous: list, tmp_path: Path, mode: str
 def test_settings_of_clusters_and_a_proxy_that_is_for_s3(
     asynchronous: list, credentials: Path, tmp_path: Path
 ) -> None:
-    """Encrypted files, limits that are far too low for training, and what else an environment may
-    have.
-    """
+    """Encrypted files, limits far too low for training, and other settings of environments."""
     endpoint = yaml.safe_load(credentials.read_text())["endpoint_url"]
-    # The proxy, which nobody is, is told apart by name: S3 is localhost, the server 127.0.0.1.
+    # The proxy, which does not exist, is chosen by name: S3 is localhost, the server 127.0.0.1.
     keys = edited(credentials, tmp_path, endpoint_url=endpoint.replace("127.0.0.1", "localhost"))
     settings = {
         "spark.master": "local[2]",
@@ -774,9 +765,7 @@ def test_a_taken_port_is_an_error(submitted: tuple, shared: list, tmp_path: Path
 
 @pytest.mark.slow
 def test_hogwild_on_a_laptop_without_java_and_with_few_images(shared: list, tmp_path: Path) -> None:
-    """Python starts Spark, with PyPI's Java; and two workers would have no more images than a
-    batch.
-    """
+    """Python starts Spark with PyPI's Java, and two workers would share less than a batch."""
     words = [*shared, "--workers", 2, "--mode", "hogwild", "--port", free_port()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", path_without_java(tmp_path))
@@ -850,13 +839,13 @@ def test_records_become_chunks_of_the_images_that_the_table_has(
     assert [rows.tolist() for rows, _ in chunks] == [[7, 3], [12, 3], [19]]
     assert all(np.array_equal(images, pixels[rows]) for rows, images in chunks)
     rows, images = xray.joined(iter(chunks), 4)
-    assert rows.tolist() == [3, 7, 12, 19]  # in order, and what two runs have stored once
+    assert rows.tolist() == [3, 7, 12, 19]  # in order, without duplicates from two runs
     assert np.array_equal(images, pixels[rows])
     assert [len(array) for array in xray.joined(iter([]), 4)] == [0, 0]
 
 
 def test_each_image_comes_to_the_worker_whose_turn_it_is() -> None:
-    """Whichever executors held it."""
+    """Whichever executors held them."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (100, 4, 4), np.uint8)
     order = random.permutation(np.flatnonzero(np.arange(100) % 3 > 0))
@@ -904,7 +893,7 @@ def test_too_few_for_one_worker() -> None:
         xray.count_workers(pd.DataFrame({"split": ["train"] * 32}), parse_elephas(), slots=2)
 
 
-# Beginnings of what Py4J says, with the words of a fault in place of {}.
+# Beginnings of Py4J's messages; {} stands for the words of a fault.
 OF_A_TASK = (
     "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n: "
     "org.apache.spark.SparkException: Job aborted due to stage failure: Task 3 in stage 0.0 failed "
@@ -922,18 +911,18 @@ OF_PYTHON = (
 
 @pytest.fixture
 def java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Java that answers."""
+    """A Java that still answers."""
     lives = types.SimpleNamespace(System=types.SimpleNamespace(nanoTime=lambda: 1))
     monkeypatch.setattr(xray.SparkContext, "_jvm", lives)
 
 
 def raised(frame: str, words: str, mode: str = "synchronous") -> Exception:
-    """What the script raises where Py4J says these words."""
+    """The script's exception for a Py4J error with these words."""
     return xray.spark_error(xray.Py4JError(frame.format(words)), mode)
 
 
 def test_errors_that_the_user_can_fix(java: None) -> None:
-    """What Java says of them, in each mode: the traceback of a task, for one."""
+    """Java's words for them, in each mode: for one, the traceback of a task."""
     for words in (
         "ExecutorLostFailure (executor 1 exited)",
         "org.apache.spark.SparkException: Python worker exited unexpectedly (crashed)",
@@ -1009,9 +998,7 @@ def test_java_that_does_not_start(
 
 
 def settings(*options: Any, **conf: str) -> dict[str, str]:
-    """What the script sets on a cluster with these settings of Spark, dots written as two
-    underscores.
-    """
+    """The script's settings on a cluster with `conf`, its dots written as two underscores."""
     spark_conf = xray.SparkConf(loadDefaults=False)
     for name, value in conf.items():
         spark_conf.set(name.replace("__", "."), value)
@@ -1034,7 +1021,7 @@ def test_settings_that_leave_no_executor_or_slot() -> None:
         for value in ("0", "two", ""):
             with pytest.raises(xray.UserError, match=f"^{name} is {value}: "):
                 settings(**{name.replace(".", "__"): value})
-    assert settings(spark__executor__cores="1", spark__task__cpus="2")  # which Spark refuses
+    assert settings(spark__executor__cores="1", spark__task__cpus="2")  # Spark itself refuses it
 
 
 def test_memory_counts_images_and_workers() -> None:
@@ -1043,7 +1030,7 @@ def test_memory_counts_images_and_workers() -> None:
 
     four = {"spark__executor__cores": "4", "spark__executor__instances": "2"}
     assert overhead("--limit", 1000, **four) > 4 * xray.WORKER_MB
-    # 128 x 128 bytes for each of the images that are more, 4 workers of 8 in an executor.
+    # 128 x 128 bytes for each additional image, 4 of 8 workers in an executor.
     assert overhead("--limit", 81_000, **four) - overhead("--limit", 1000, **four) == pytest.approx(
         xray.COPIES * 655, abs=5
     )
@@ -1053,7 +1040,7 @@ def test_memory_counts_images_and_workers() -> None:
 def test_statistics_are_the_means_of_a_workers_batches(
     keras: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """28 of 30 images in batches of 4; nothing but the statistics changes."""
+    """From 28 of 30 images in batches of 4; only the statistics change."""
     arguments = parse("--weights", "none", "--image-size", 32, "--batch-size", 4)
     arguments.workers = 1
     task = types.SimpleNamespace(partitionId=lambda: 0)

@@ -1,6 +1,4 @@
-"""The pixel cache of xray_elephas.py: what a run that fails leaves to the next one, and what cannot
-be used.
-"""
+"""The pixel cache of xray_elephas.py: what a failed run leaves to the next, and unusable caches."""
 
 from __future__ import annotations
 
@@ -39,8 +37,7 @@ def test_a_token_that_expires_loses_nothing_that_came(credentials: Path, tmp_pat
             endpoint_url=proxy.url,
             aws_session_token=SECRETS["aws_session_token"][::-1],
         )
-        # Of 200 requests a few were for the list and the labels, and those of threads that were
-        # under way are lost.
+        # A few of the 200 requests were for the list and the labels; those in flight are lost.
         assert 100 < from_cache(submit(tmp_path, "--credentials", fresh, *ONE_EPOCH)) < 200
 
 
@@ -59,7 +56,7 @@ def test_a_damaged_file_is_fetched_again(credentials: Path, tmp_path: Path) -> N
     assert len(files) == 2
     data = files[-1].read_bytes()
     files[-1].write_bytes(data[: len(data) // 2])
-    files[-1].with_name(f".{files[-1].name}.crc").unlink()  # else Hadoop's checksum is what notices
+    files[-1].with_name(f".{files[-1].name}.crc").unlink()  # or Hadoop's checksum would notice
     again = result_of(submit(tmp_path, "--credentials", credentials, *ONE_EPOCH))
     assert 0 < again["ingest"]["from_cache"] < 410
     assert again["auroc"] == whole["auroc"]
@@ -103,5 +100,5 @@ def test_a_killed_driver_loses_the_tasks_in_hand_alone(tmp_path: Path) -> None:
 
         killed = submit(tmp_path, *words, stop=(lambda: stored() >= 3, signal.SIGKILL))
         assert killed.code == -signal.SIGKILL
-        assert not list((tmp_path / "cache").rglob("_SUCCESS"))  # the first round was not over
+        assert not list((tmp_path / "cache").rglob("_SUCCESS"))  # the first round had not finished
         assert from_cache(submit(tmp_path, *words)) >= 3 * xray.TASK

@@ -1,6 +1,4 @@
-"""elephas_libs.sh: what it would install on which host, with a pip that only writes down what it is
-asked for.
-"""
+"""elephas_libs.sh: what it would install on which host, using a pip that only records requests."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ class Host(NamedTuple):
         )
 
     def asked(self) -> list[list]:
-        """What pip was asked for: words, and the lines of the list that they name."""
+        """pip's recorded arguments, and the lines of the list that they name."""
         return [
             json.loads(line) for line in Path(self.environment["ASKED"]).read_text().splitlines()
         ]
@@ -46,12 +44,12 @@ class Host(NamedTuple):
 
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
-    """A host with Java, with no Spark but the one that pip has put beside this Python."""
+    """A host with Java, and no Spark except pip's next to this Python."""
     module = tmp_path / "modules" / "pip"
     module.mkdir(parents=True)
     (module / "__init__.py").touch()
     (module / "__main__.py").write_text(PIP)
-    # Their import takes ten seconds, and another test pays for it.
+    # Importing them takes ten seconds, and another test covers it.
     for name in ("keras", "matplotlib", "sklearn"):
         (module.parent / f"{name}.py").touch()
     (module.parent / "elephas").mkdir()
@@ -67,15 +65,13 @@ def host(tmp_path: Path) -> Host:
 
 
 def wanted(*without: str) -> list[str]:
-    """The versions in the script but for these packages."""
+    """The versions in the script, except these packages."""
     lines = re.findall(r"(?m)^[\w-]+==.*$", SCRIPT.read_text())
     return [line for line in lines if line.split("==")[0] not in without]
 
 
 def check(host: Host, *without: str) -> None:
-    """Run the script, and see that it asks pip for all but `without`, and for elephas without what
-    that depends on.
-    """
+    """Check that the script asks pip for all except `without`, and for elephas alone."""
     finished = host.install()
     assert finished.returncode == 0, finished.stderr
     assert host.asked() == [
@@ -87,7 +83,7 @@ def check(host: Host, *without: str) -> None:
 
 
 def fake_spark(folder: Path) -> Path:
-    """The bin folder of a cluster's Spark."""
+    """Create a cluster's Spark; return its bin folder."""
     folder.mkdir(parents=True)
     (folder / "spark-submit").write_text("#!/bin/sh\n")
     (folder / "spark-submit").chmod(0o755)
@@ -135,9 +131,7 @@ def test_packages_that_do_not_work_are_an_error(host: Host) -> None:
 
 @pytest.mark.slow
 def test_twice_in_a_venv_with_the_real_pip(host: Host, tmp_path: Path) -> None:
-    """A venv that sees the packages of this Python's: all is there, pip needs no network, and
-    nothing changes.
-    """
+    """A venv that sees this Python's packages needs no network, and nothing changes."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (library,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     packages = [path for path in sys.path if path.endswith("site-packages")]

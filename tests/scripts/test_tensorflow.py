@@ -1,6 +1,4 @@
-"""The script as a process: what a run prints and leaves, and how it ends, goes on and refuses
-to.
-"""
+"""The script as a process: what a run prints and leaves, and how it ends, resumes and refuses."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ METRICS = [
     "images",
     "auroc",
     "thresholds",
-]  # what two runs of the same command must agree in, to the last bit
+]  # two runs of the same command must agree in these to the last bit
 LOSSES = ["loss", "validation_loss", "validation_auroc"]
 
 
@@ -200,9 +198,7 @@ numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2]), verbose=0))
 
 @pytest.fixture(scope="module")
 def broken_off(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed after its first epoch, resumed, and interrupted after its
-    second.
-    """
+    """The folder of a run killed after one epoch, resumed, and interrupted after its second."""
     folder = tmp_path_factory.mktemp("broken") / "output"
     command = [*run.options, "--output", folder]
 
@@ -250,7 +246,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def begun(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that --resume would continue."""
+    """The folder of a run for --resume to continue."""
     return shutil.copytree(run.folder, tmp_path_factory.mktemp("begun") / "output")
 
 
@@ -343,7 +339,7 @@ def test_a_system_that_cannot_pin_processes(
 
 @pytest.mark.slow
 def test_a_run_on_a_system_that_cannot_pin_processes(credentials: Path, tmp_path: Path) -> None:
-    """One line of warning, and the result says so."""
+    """The run prints one warning, and the result reports it."""
     program = """
 import os, runpy, sys
 del os.sched_setaffinity, os.sched_getaffinity
@@ -382,7 +378,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_label_without_both_classes_is_null_and_left_out_of_the_mean(
     run: Any, credentials: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """evaluate() on the shared run's test rows, less those with Hernia."""
+    """evaluate() on the shared run's test rows, without those with Hernia."""
     table = xray.select_images(client_of(credentials), parse())
     table = table[(table["Hernia"] == 0) & (table["split"] != "train")].reset_index(drop=True)
     truth = xray.labels_by_split(table)

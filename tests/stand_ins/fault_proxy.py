@@ -1,13 +1,12 @@
-"""A proxy in front of an S3 server that makes its answers late, broken or refused.
+"""A proxy in front of an S3 server that delays, breaks or refuses its answers.
 
     with fault_proxy(endpoint, latency_ms=50, every=20, kinds=FAULTS) as proxy:
-        ...  # ask proxy.url instead of endpoint
+        ...  # use proxy.url instead of endpoint
 
-Every `every`-th request is faulty, the kinds in turn. `choose`, which can be set at any time, says
-the kind of fault from the method and the path of a request, '' for none; `changes` lists what was
-asked to write or delete. From request `expire_after` on, the session token that was in use is
-answered as expired, a new one is not. The Host header is passed on as it came, so that signatures
-hold.
+Every `every`-th request is faulty, cycling through the kinds. `choose`, which can be set at any
+time, maps a request's method and path to a kind of fault, '' for none; `changes` lists the writes
+and deletes requested. From request `expire_after` on, the session token then in use is expired; a
+new one works. The Host header is passed on unchanged, so that signatures stay valid.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= bool(fault)
 
     def hang_up(self, reset: bool) -> None:
-        # A socket that does not linger is closed by RST; its close() would wait for rfile.
+        # Without lingering, closing the socket sends RST; its close() would wait for rfile.
         if reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
@@ -96,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        # The client has gone, or this end of the connection was reset.
+        # The client has gone, or this end was reset.
         except (OSError, ValueError):
             self.close_connection = True
 
@@ -112,9 +111,7 @@ HOP_BY_HOP = {"connection", "content-length", "date", "keep-alive", "server", "t
 
 
 class Proxy(ThreadingHTTPServer):
-    """`url` to ask; `requests` and `injected` count the requests and, by kind, the faults so
-    far.
-    """
+    """Serves at `url`; `requests` and `injected` count requests and, by kind, faults so far."""
 
     daemon_threads, request_queue_size = True, 128
 
@@ -138,7 +135,7 @@ class Proxy(ThreadingHTTPServer):
         self.pool = urllib3.PoolManager(maxsize=64)
 
     def fault(self, token: str | None, method: str, path: str) -> str:
-        """The kind of fault of this request; none is ''."""
+        """The kind of fault for this request; '' for none."""
         with self.lock:
             self.requests += 1
             kind = next(self.kinds) if self.every and self.requests % self.every == 0 else ""
@@ -165,8 +162,9 @@ def fault_proxy(
     expire_after: int = 0,
     host: str = "127.0.0.1",
 ) -> Iterator[Proxy]:
-    """A proxy to the S3 server at `endpoint`, at an address `host` of this machine, for as long as
-    the block lasts; ask its `url`.
+    """A proxy to the S3 server at `endpoint` for as long as the block lasts: use its `url`.
+
+    `host` is an address of this machine.
     """
     with Proxy(endpoint, latency_ms, every, kinds, expire_after, host) as proxy:
         threading.Thread(

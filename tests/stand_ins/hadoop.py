@@ -1,34 +1,31 @@
-"""A stand-in for Amazon EMR: Hadoop's own servers (HDFS and YARN) on hosts that are network
-namespaces of this machine.
+"""A stand-in for Amazon EMR: Hadoop's own HDFS and YARN on hosts that are network namespaces.
 
     python tests/stand_ins/hadoop.py start [--nodes 2] [--memory 12288] [--cores 4] FOLDER
     python tests/stand_ins/hadoop.py stop
 
 `start` takes half a minute and prints the folders of Hadoop's and Spark's configuration. FOLDER
-must be empty or absent. `stop` ends every process of the hosts and leaves FOLDER, with the servers'
-logs. One cluster runs at a time.
+must be empty or absent. `stop` ends every process of the hosts but leaves FOLDER, with the servers'
+logs. Only one cluster runs at a time.
 
-FOLDER/on is a shell's command line on a host, with EMR's environment, the master unless `--host
-NAME` comes first:
+FOLDER/on runs a command with EMR's environment, on the master or on `--host NAME`:
 
     FOLDER/on spark-submit --num-executors 2 xray_elephas.py
     FOLDER/on yarn application -list
     FOLDER/on yarn logs -applicationId application_1234567890123_0001
     FOLDER/on hdfs dfs -ls /
 
-The master runs NameNode and ResourceManager, each further host a DataNode and a NodeManager. The
-hosts share this machine's files, but a node's containers work and log in folders of their own,
-FOLDER/NODE. Memory and cores are what a node declares, whatever the machine has: YARN hands out no
-more, and kills a container that takes more memory than it asked for. Hosts reach this machine at
-GATEWAY, and nothing else: a server that they need must listen there.
+The master runs NameNode and ResourceManager, every other host a DataNode and a NodeManager. The
+hosts share this machine's files, but a node's containers work and log in their own folders,
+FOLDER/NODE. A node declares its memory and cores, whatever the machine has: YARN hands out no more,
+and kills a container that exceeds the memory it asked for. The hosts reach this machine at GATEWAY
+and nothing else: a server that they need must listen there.
 
-Settings are EMR's where they matter to Spark: dynamic allocation with Spark's shuffle service in
-the NodeManagers, logs collected in HDFS, event log in HDFS, two attempts for an application, and a
-scheduler that counts memory alone, as Hadoop's default does and as EMR leaves it. The servers are
-of Hadoop 3.4.1, EMR 7.12's: what a run meets are YARN's rules, which the servers make, and they
-take the Hadoop 3.3.4 clients of pip's pyspark as they are.
+Settings are EMR's if they matter to Spark: dynamic allocation with Spark's shuffle service in the
+NodeManagers, logs aggregated in HDFS, event log in HDFS, two attempts per application, and a
+scheduler that counts only memory, Hadoop's default, which EMR keeps. The servers are Hadoop 3.4.1,
+as in EMR 7.12: they enforce YARN's rules, and accept the Hadoop 3.3.4 clients of pip's pyspark.
 
-Needs root, Debian's iproute2, openjdk-17-jre-headless and maven (jars from Maven Central, kept in
+Needs root, Debian's iproute2, openjdk-17-jre-headless and maven (jars from Maven Central, cached in
 ~/.m2), and pyspark.
 """
 
@@ -57,10 +54,10 @@ POM = Path(__file__).with_name("hadoop.pom.xml")
 EMR = Path(__file__).resolve().parent.parent.parent / "docs" / "emr_cluster.json"
 MASTER = "xrayyarn1"
 BRIDGE = "xrayyarn0"
-GATEWAY = "10.78.0.254"  # this machine, as the hosts see it
-HOSTS_OF = Path("/etc/netns")  # `ip netns exec` lays the files of a folder there over /etc
-# Guice and the class loader of the NodeManager's services reach into Java's own classes, which Java
-# 17 refuses.
+GATEWAY = "10.78.0.254"  # this machine, as seen by the hosts
+HOSTS_OF = Path("/etc/netns")  # `ip netns exec` mounts the files of a folder there over /etc
+# Guice and the class loader of the NodeManager's services access Java's internals, which Java 17
+# forbids.
 JAVA = [
     "java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.net.preferIPv4Stack=true",
     "--add-opens=java.base/java.lang=ALL-UNNAMED", "--add-opens=java.base/java.net=ALL-UNNAMED",
@@ -99,24 +96,22 @@ exec ip netns exec "$host" unshare --uts sh -c 'hostname "$0" && exec "$@"' "$ho
 
 
 class StandInError(Exception):
-    """Why the cluster cannot be started: one line."""
+    """Why the cluster cannot start, in one line."""
 
 
 class Cluster(NamedTuple):
-    """A running cluster. Its nodes are names of hosts, and of network namespaces."""
+    """A running cluster. Its nodes are host names and names of network namespaces."""
 
     folder: Path
     nodes: list[str]
 
     @property
     def command(self) -> Path:
-        """Runs a command line on a host."""
+        """The program that runs a command on a host."""
         return self.folder / "on"
 
     def run(self, *words: object) -> str:
-        """What a command line prints on the master, such as `hdfs dfs -ls /`. Raises where it
-        fails.
-        """
+        """The output of a command on the master, such as `hdfs dfs -ls /`. Raises if it fails."""
         command = [str(word) for word in (self.command, *words)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -127,7 +122,7 @@ def missing_needs() -> list[str]:
     if importlib.util.find_spec("pyspark") is None:
         needs.append("pyspark")
     if os.getuid():
-        needs.append("root's right to make network namespaces")
+        needs.append("root (to create network namespaces)")
     return needs
 
 
@@ -140,7 +135,7 @@ def address(host: str) -> str:
 
 
 def make_hosts(hosts: list[str]) -> None:
-    """Network namespaces that reach each other by name, and this machine at GATEWAY."""
+    """Create network namespaces that reach each other by name, and this machine at GATEWAY."""
     names = "".join(f"{address(host)} {host}\n" for host in hosts)
     ip(f"link add {BRIDGE} type bridge")
     ip(f"addr add {GATEWAY}/24 dev {BRIDGE}")
@@ -149,7 +144,7 @@ def make_hosts(hosts: list[str]) -> None:
         folder = HOSTS_OF / host
         folder.mkdir(parents=True)
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-        (folder / "resolv.conf").write_text("")  # no name server: an unknown name fails at once
+        (folder / "resolv.conf").write_text("")  # no name server: unknown names fail at once
         ip(f"netns add {host}")
         ip(f"link add {host} type veth peer name eth0 netns {host}")
         ip(f"link set {host} master {BRIDGE} up")
@@ -166,20 +161,20 @@ def made_hosts() -> list[str]:
 
 
 def processes(host: str, command: str = "") -> list[int]:
-    """The processes of a host, or those with a text in their command line."""
+    """The processes of a host, or those whose command line contains `command`."""
     shown = subprocess.run(
         ["ip", "netns", "pids", host], check=False, capture_output=True, text=True
     ).stdout
     found = []
     for pid in map(int, shown.split()):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has just ended
             if command in Path(f"/proc/{pid}/cmdline").read_text():
                 found.append(pid)
     return found
 
 
 def end_host(host: str, patience: float = 10) -> None:
-    """End all processes of a host. Those that do not go within `patience` seconds are killed."""
+    """End all processes of a host; kill those still alive after `patience` seconds."""
     deadline = time.monotonic() + patience
     asked: set[int] = set()
     while found := processes(host):
@@ -193,22 +188,20 @@ def end_host(host: str, patience: float = 10) -> None:
 
 
 def stop() -> None:
-    """End the cluster's processes and remove its hosts. Does nothing where there are none."""
+    """End the cluster's processes and remove its hosts, if there are any."""
     hosts = made_hosts()
-    for host in sorted(hosts, reverse=True):  # the master last: nodes that lose it wait for it
+    for host in sorted(hosts, reverse=True):  # master last: nodes wait for a lost one
         end_host(host)
     for host in hosts:
         ip(f"netns del {host}")
-    for link in (*hosts, BRIDGE):  # a namespace takes its link along, but later
+    for link in (*hosts, BRIDGE):  # deleting a namespace removes its link, but later
         subprocess.run(["ip", "link", "del", link], check=False, capture_output=True)
     for folder in HOSTS_OF.glob("xrayyarn*"):
         shutil.rmtree(folder)
 
 
 def find_jars() -> list[str]:
-    """The jars of the pom. Maven fetches them once, and is asked again only when the pom
-    changes.
-    """
+    """The pom's jars. Maven fetches them once, and again only when the pom changes."""
     cache = Path.home() / ".cache" / "xray-hadoop"
     kept = cache / f"{hashlib.sha256(POM.read_bytes()).hexdigest()[:16]}.classpath"
     if not (kept.exists() and all(Path(jar).exists() for jar in kept.read_text().split(":"))):
@@ -229,8 +222,9 @@ def find_jars() -> list[str]:
 
 
 def server_classpath(folder: Path) -> str:
-    """Of the servers, and of Hadoop's command line. Spark's service must come from a class loader
-    of its own.
+    """The class path of the servers and of Hadoop's command line.
+
+    Spark's service is left out: it needs its own class loader.
     """
     jars = [jar for jar in find_jars() if "spark-network-yarn" not in jar]
     return ":".join([str(folder / "hadoop"), str(folder / "web"), *jars])
@@ -243,8 +237,9 @@ def spark_home() -> Path:
 
 
 def shuffle_service() -> str:
-    """The jars of Spark's shuffle service: one from Maven, and what it needs of pip's pyspark, of
-    the same version.
+    """The jars of Spark's shuffle service: one from Maven, its dependencies from pip's pyspark.
+
+    Both have the same version.
     """
     wanted = (
         "spark-",
@@ -287,8 +282,8 @@ def hadoop_settings(
         "yarn.scheduler.maximum-allocation-mb": memory,
         "yarn.scheduler.maximum-allocation-vcores": 128,
         "yarn.nodemanager.pmem-check-enabled": "true",
-        # The limit is the NodeManager's to enforce. By default Hadoop 3.4 leaves it to cgroups, also
-        # where it uses none (ContainersMonitorImpl.checkLimit).
+        # The NodeManager must enforce the limit. By default Hadoop 3.4 leaves it to cgroups, even
+        # if it uses none (ContainersMonitorImpl.checkLimit).
         "yarn.nodemanager.resource.memory.enforced": "false",
         "yarn.nodemanager.vmem-check-enabled": "false",
         "yarn.nodemanager.aux-services": "spark_shuffle",
@@ -297,7 +292,7 @@ def hadoop_settings(
         "yarn.log-aggregation-enable": "true",
         "yarn.nodemanager.remote-app-log-dir": "/var/log/hadoop-yarn/apps",
         "yarn.nodemanager.delete.debug-delay-sec": 0,
-        # Ten minutes in Hadoop, in which a dead node's containers count as running.
+        # By default ten minutes, during which a dead node's containers count as running.
         "yarn.nm.liveness-monitor.expiry-interval-ms": 20000,
         "yarn.resourcemanager.nm.liveness-monitor.interval-ms": 5000,
     }
@@ -316,7 +311,7 @@ def hadoop_settings(
 
 
 def spark_settings() -> dict[str, str]:
-    """EMR's defaults that stock Spark has too, and over them what docs/emr_cluster.json sets."""
+    """EMR's defaults that stock Spark supports, overridden by docs/emr_cluster.json."""
     settings = {
         "spark.master": "yarn",
         "spark.dynamicAllocation.enabled": "true",
@@ -327,8 +322,8 @@ def spark_settings() -> dict[str, str]:
         "spark.executor.memory": "4743M",
         "spark.executor.cores": "2",
         "spark.hadoop.yarn.timeline-service.enabled": "false",
-        # EMR's Spark sends its 300 MB of jars to HDFS for each application; here each host has them
-        # where they are.
+        # EMR's Spark uploads its 300 MB of jars to HDFS for each application; here every host has
+        # them.
         "spark.yarn.jars": f"local:{spark_home()}/jars/*",
     }
     for part in json.loads(EMR.read_text())["Configurations"]:
@@ -339,9 +334,7 @@ def spark_settings() -> dict[str, str]:
 
 
 def write_configuration(folder: Path, memory: int, cores: int, calculator: str) -> None:
-    """FOLDER/hadoop and FOLDER/spark, which are HADOOP_CONF_DIR and SPARK_CONF_DIR, and
-    FOLDER/on.
-    """
+    """Write FOLDER/hadoop (HADOOP_CONF_DIR), FOLDER/spark (SPARK_CONF_DIR) and FOLDER/on."""
     hadoop, spark = folder / "hadoop", folder / "spark"
     hadoop.mkdir(parents=True)
     spark.mkdir()
@@ -354,12 +347,12 @@ def write_configuration(folder: Path, memory: int, cores: int, calculator: str) 
             "\n".join(["<configuration>", *lines, "</configuration>", ""])
         )
     (hadoop / "log4j.properties").write_text(LOG4J)
-    # Their web pages, which no jar has and without which they do not start.
+    # The servers do not start without these folders of web pages, which no jar has.
     for server in ("hdfs", "datanode"):
         (folder / "web" / "webapps" / server).mkdir(parents=True)
     lines = [f"{name} {value}" for name, value in spark_settings().items()]
     (spark / "spark-defaults.conf").write_text("\n".join([*lines, ""]))
-    # EMR names Python in the same file.
+    # EMR sets Python in the same file.
     (spark / "spark-env.sh").write_text(f"export PYSPARK_PYTHON={sys.executable}\n")
     java_home = Path(shutil.which("java")).resolve().parent.parent
     words = {
@@ -376,7 +369,7 @@ def write_configuration(folder: Path, memory: int, cores: int, calculator: str) 
 
 
 def start_server(folder: Path, host: str, server: str, *words: str) -> subprocess.Popen:
-    """A server of Hadoop on a host, with a log in FOLDER/logs and its data in FOLDER/HOST."""
+    """Start a Hadoop server on a host; its log is in FOLDER/logs, its data in FOLDER/HOST."""
     (folder / "logs").mkdir(exist_ok=True)
     home = folder / host
     home.mkdir(exist_ok=True)
@@ -412,7 +405,7 @@ def start_server(folder: Path, host: str, server: str, *words: str) -> subproces
 
 
 def start_node(folder: Path, node: str) -> list[subprocess.Popen]:
-    """A node's two servers, where they do not run already."""
+    """Start those of a node's two servers that are not running."""
     return [
         start_server(folder, node, server)
         for server in ("datanode", "nodemanager")
@@ -421,14 +414,12 @@ def start_node(folder: Path, node: str) -> list[subprocess.Popen]:
 
 
 def kill_node(node: str) -> None:
-    """What a power cut does to a node: its servers and containers are gone at once. start_node
-    brings it back.
-    """
+    """Kill a node's servers and containers at once, like a power cut. start_node restarts it."""
     kill(processes(node))
 
 
 def kill_server(node: str, server: str) -> None:
-    """End one server of a node; its containers go on."""
+    """Kill one server of a node; its containers keep running."""
     kill(processes(node, SERVERS[server]))
 
 
@@ -439,7 +430,7 @@ def kill(pids: list[int]) -> None:
 
 
 def ask(path: str) -> dict:
-    """What the ResourceManager answers to a path of its REST service, {} where it does not."""
+    """The ResourceManager's answer to a path of its REST service; {} if there is none."""
     try:
         with urllib.request.urlopen(f"http://{address(MASTER)}:8088{path}", timeout=10) as reply:
             return json.load(reply)
@@ -458,14 +449,12 @@ def start(
     cores: int = 4,
     calculator: str = "DefaultResourceCalculator",
 ) -> Cluster:
-    """The cluster, once its nodes are there and HDFS can be written. Raises StandInError where it
-    does not come.
-    """
+    """Start a cluster and wait for nodes and a writable HDFS. Raises StandInError if it fails."""
     folder = folder.resolve()
     if needs := missing_needs():
         raise StandInError(f"this machine lacks {', '.join(needs)}")
     if made_hosts():
-        raise StandInError("one runs already: stop it first")
+        raise StandInError("a cluster is already running: stop it first")
     if folder.exists() and any(folder.iterdir()):
         raise StandInError(f"{folder} is not empty")
     cluster = Cluster(folder, [f"xrayyarn{number}" for number in range(2, nodes + 2)])
@@ -520,14 +509,14 @@ def main() -> int:
     how.add_argument("folder", type=Path)
     how.add_argument("--nodes", type=int, default=2, help="hosts besides the master [%(default)s]")
     how.add_argument(
-        "--memory", type=int, default=12288, help="MB that a node declares [%(default)s]"
+        "--memory", type=int, default=12288, help="MB that each node declares [%(default)s]"
     )
     how.add_argument(
-        "--cores", type=int, default=4, help="cores that a node declares [%(default)s]"
+        "--cores", type=int, default=4, help="cores that each node declares [%(default)s]"
     )
     calculators = ["DefaultResourceCalculator", "DominantResourceCalculator"]
     how.add_argument(
-        "--calculator", choices=calculators, default=calculators[0], help="of YARN [%(default)s]"
+        "--calculator", choices=calculators, default=calculators[0], help="YARN's [%(default)s]"
     )
     arguments = parser.parse_args()
     if arguments.action == "stop":

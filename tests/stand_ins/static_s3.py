@@ -1,9 +1,8 @@
-"""An S3 server of any number of keys, under any name, and of few objects: it costs little CPU, and
-answers late.
+"""A cheap, slow-answering S3 server: any number of keys in a bucket of any name, few objects.
 
-moto's server takes several milliseconds of a core for each image, next to which two workers'
-decoding could not be measured, and minutes to be filled with 112,120 keys. This one knows two
-requests, the list of a bucket and an object, and checks no signature.
+moto's server uses several milliseconds of a core per image, too many to measure two workers'
+decoding next to it, and takes minutes to fill with 112,120 keys. This one supports two requests,
+listing a bucket and getting an object, and checks no signature.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-PAGE = 1000  # keys in an answer of S3
+PAGE = 1000  # keys per answer of S3
 
 
 def list_keys(keys: list[str], query: dict[str, list[str]]) -> bytes:
-    """The keys from the token on:
-    docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html.
+    """A page of keys, from the token on.
+
+    docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
     """
     keys = [key for key in keys if key.startswith(query.get("prefix", [""])[0])]
     first = int(query.get("continuation-token", ["0"])[0])
@@ -48,7 +48,7 @@ async def answer(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """Answer the requests of one connection, each after `seconds`, and count the objects sent."""
+    """Answer one connection's requests, each after `seconds`, and count the objects sent."""
     while not reader.at_eof():
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -82,7 +82,7 @@ def serve_objects(
     served: Any,
     started: Connection,
 ) -> None:
-    """Serve until the process is killed; the port is sent to `started`."""
+    """Serve until the process is killed; send the port to `started`."""
     keys = sorted(objects)
 
     async def run() -> None:
@@ -100,9 +100,10 @@ def serve_objects(
 def static_s3(
     objects: dict[str, bytes], seconds: float, host: str = "127.0.0.1", processes: int = 1
 ) -> Iterator[str]:
-    """Processes that serve `objects` by key, in a bucket of any name, `seconds` late each, at an
-    address `host` of this machine: yields their endpoint URL, which answers how many objects they
-    have sent.
+    """Processes that serve `objects` by key in a bucket of any name; yields their endpoint URL.
+
+    Each answer takes `seconds`. `host` is an address of this machine. The URL itself answers with
+    the number of objects sent.
     """
     context = multiprocessing.get_context("spawn")
     served = context.Value("q")
@@ -110,7 +111,7 @@ def static_s3(
     servers: list[Any] = []
     port = 0
     try:
-        for _ in range(processes):  # connections are divided among them by the kernel
+        for _ in range(processes):  # the kernel divides connections among them
             work = (objects, seconds, host, port, served, its)
             servers.append(context.Process(target=serve_objects, args=work))
             servers[-1].start()

@@ -1,17 +1,17 @@
-"""xray_tensorflow.py in a process of its own that dies at a given moment, or runs to its end.
+"""xray_tensorflow.py in its own process, killed at a given moment or run to its end.
 
     victim.run(options, folder_for_screen, die=("event", 7))
 
-A whole run takes about a second: processes fork from one that has TensorFlow loaded, not started,
-and the CNN is small. All else is the script's own. The moments:
+A whole run takes about a second: processes fork from one with TensorFlow loaded but not started,
+and the CNN is small. The rest is the script's own code. The moments:
 
     ("image", n)   SIGKILL as the n-th radiograph is decoded
-    ("batch", n)   SIGKILL as the n-th batch is made, of training or validation
-    ("event", n)   SIGKILL before the n-th time that a file of the run folder is opened to write, renamed or removed
-    ("change", n)  SIGKILL before the n-th request that writes to S3 or deletes there
-    ("byte", n)    the kernel ends the process where it writes byte n of a file: the size limit's signal, left to kill
+    ("batch", n)   SIGKILL as the n-th batch is made, for training or validation
+    ("event", n)   SIGKILL before the n-th opening for writing, renaming or removal of a file in the run folder
+    ("change", n)  SIGKILL before the n-th write to S3 or deletion there
+    ("byte", n)    the kernel kills the process as it writes byte n of a file, by the file size limit's signal
 
-A number of math.inf kills nothing: the last line on stdout is how many such moments the run has had.
+If n is math.inf nothing is killed, and the last line on stdout counts such moments in the run.
 """
 
 from __future__ import annotations
@@ -53,14 +53,12 @@ class Ended(NamedTuple):
 def start(
     options: list[Any], screen: Path, die: Moment | None = None, folder: Path | None = None
 ) -> Any:
-    """The process of a run, at home in `folder`. What it prints goes to `screen`.out and
-    `screen`.err.
-    """
+    """Start a run in `folder`; its output goes to `screen`.out and `screen`.err."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["victim", "tensorflow", "keras", "matplotlib.figure"])
     words = [str(option) for option in options]
     process = context.Process(target=live, args=(words, screen, die, folder), daemon=True)
-    with pytest.MonkeyPatch.context() as patch:  # what the server of forks takes with it
+    with pytest.MonkeyPatch.context() as patch:  # inherited by the fork server
         for name, text in ENVIRONMENT.items():
             patch.setenv(name, text)
         process.start()
@@ -68,7 +66,7 @@ def start(
 
 
 def end(process: Any, screen: Path) -> Ended:
-    """Wait for it. Fails where it hangs, or where a process shows a secret."""
+    """Wait for the process. Fails if it hangs or a process shows a secret."""
     check_processes()
     process.join(200)
     if process.is_alive():
@@ -89,7 +87,7 @@ def run(
 
 
 class Ticking(np.ndarray):
-    """Pixels that count the batches taken of them."""
+    """Pixels that count the batches taken from them."""
 
     def __getitem__(self, item: Any) -> np.ndarray:
         self.tick()
@@ -97,9 +95,7 @@ class Ticking(np.ndarray):
 
 
 def live(options: list[str], screen: Path, die: Moment | None, folder: Path | None) -> None:
-    """Run the script's `main` with `options` and exit with its code, unless the moment `die` comes
-    before.
-    """
+    """Run the script's `main` with `options`, exit with its code, or die at the moment `die`."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         with screen.with_suffix(suffix).open("wb") as file:
             os.dup2(file.fileno(), number)
@@ -107,7 +103,7 @@ def live(options: list[str], screen: Path, die: Moment | None, folder: Path | No
     if folder:
         os.chdir(folder)
     xray.build_cnn = small_cnn
-    xray.pin_to_cores = lambda threads: None  # it would hold the others that fork from here too
+    xray.pin_to_cores = lambda threads: None  # it would also pin later forks of this process
     kind, count = die or ("", 0)
     counter = itertools.count(1)
 
@@ -145,8 +141,9 @@ def live(options: list[str], screen: Path, die: Moment | None, folder: Path | No
 
 
 def changes(folder: str, event: str, args: tuple) -> bool:
-    """Whether an audit event (https://docs.python.org/3/library/audit_events.html) changes a file
-    below `folder`.
+    """Whether an audit event changes a file below `folder`.
+
+    https://docs.python.org/3/library/audit_events.html
     """
     if event not in ("open", "os.rename", "os.remove", "os.mkdir") or not str(args[0]).startswith(
         folder
@@ -156,7 +153,7 @@ def changes(folder: str, event: str, args: tuple) -> bool:
 
 
 def small_cnn(arguments: Any, truth: np.ndarray) -> Any:
-    """A network whose checkpoint has 6 MB, in place of MobileNet."""
+    """A network with a 6 MB checkpoint, instead of MobileNet."""
     import keras
 
     keras.utils.set_random_seed(arguments.seed)

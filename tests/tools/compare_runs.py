@@ -1,14 +1,13 @@
-"""Compare runs of the three scripts: a table on stdout, and a chart of how fast each run trains and
-how it learns.
+"""Compare runs of the three scripts: a table on stdout, and a chart of their speed and learning.
 
     python tests/tools/compare_runs.py [--chart comparison.png] runs/*
 
-The chart shows each run's training speed as a multiple of that of one CPU thread, and its
-validation AUROC against epochs and against seconds of training and validation.
+The chart shows each run's training speed relative to one CPU thread, and its validation AUROC
+against epochs and against seconds of training and validation.
 
-It reads config.json, metrics.json and history.csv of each run folder. The runs must be of the same
-images, split and CNN, and one of them sequential (xray_tensorflow.py on one thread): the first of
-those is what the others are compared with. Exit code 2 and one line where they are not.
+Reads config.json, metrics.json and history.csv of each run folder. The runs must share images,
+split and CNN, and at least one must be sequential (xray_tensorflow.py on one thread): the first of
+those is the baseline. Otherwise it prints one line and exits with code 2.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class CompareError(Exception):
 
 
 class Run(NamedTuple):
-    """A run folder's files, read."""
+    """The contents of a run folder."""
 
     folder: Path
     config: dict[str, Any]
@@ -46,7 +45,7 @@ class Run(NamedTuple):
 
     @property
     def target(self) -> str:
-        """What the run ran on, in a few words."""
+        """The hardware of the run, in a few words."""
         target = self.metrics["target"]
         if "threads" in target:
             return f"{target['threads']} CPU thread{'s' * (target['threads'] > 1)}"
@@ -61,7 +60,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Raises CompareError for a folder that is not of a finished run."""
+    """Read a run folder. Raises CompareError if the run has not finished."""
     files = [folder / name for name in ("config.json", "metrics.json", "history.csv")]
     for file in files:
         if not file.is_file():
@@ -73,9 +72,7 @@ def read_run(folder: Path) -> Run:
 
 
 def check(runs: list[Run]) -> Run:
-    """The sequential run. Raises CompareError where the runs are not of the same data, split and
-    CNN, or lack it.
-    """
+    """The sequential run. Raises CompareError if there is none, or data, split or CNN differ."""
     first = runs[0]
     for run in runs[1:]:
         for kind, names in {
@@ -91,20 +88,18 @@ def check(runs: list[Run]) -> Run:
                     )
         if run.config["data"] != first.config["data"]:
             raise CompareError(
-                f"different data: {first.folder} and {run.folder} are not of the same images and labels"
+                f"different data: {first.folder} and {run.folder} do not have the same images and labels"
             )
     for run in runs:
         if run.sequential:
             return run
     raise CompareError(
-        "none of the runs is sequential (xray_tensorflow.py on one thread): there is nothing to compare to"
+        "none of the runs is sequential (xray_tensorflow.py on one thread): there is no baseline"
     )
 
 
 def table(runs: list[Run], base: Run) -> str:
-    """A line a run: target, images/s of training, speed-up, mean AUROC and its interval, epochs,
-    seconds a phase.
-    """
+    """A line per run: target, images/s, speed-up, AUROC, its interval, epochs, seconds by phase."""
     headers = ["target", "images/s", "speed-up", "mean AUROC", "95 % interval", "epochs"]
     rows = [[*headers, *(f"{phase} s" for phase in PHASES)]]
     for run in runs:
@@ -123,7 +118,7 @@ def table(runs: list[Run], base: Run) -> str:
 
 
 def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
-    """Speed-ups above, learning below; a run has the same colour in both."""
+    """Speed-ups above, learning below; each run has the same colour in both."""
     heights = [1.25 + 0.5 * len(runs), 4 + 0.25 * len(runs)]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     above, below = figure.subfigures(2, height_ratios=heights)
@@ -137,7 +132,7 @@ def draw_chart(path: Path, runs: list[Run], base: Run) -> None:
 
 
 def draw_speed(axes: Axes, runs: list[Run], base: Run) -> None:
-    """A bar a run, as long as its speed-up; the sequential run's ends at 1."""
+    """A bar per run, as long as its speed-up; the sequential run's ends at 1."""
     speed_ups = [run.speed / base.speed for run in runs]
     bars = axes.barh(range(len(runs)), speed_ups, color=[f"C{place}" for place in range(len(runs))])
     axes.bar_label(
@@ -148,11 +143,11 @@ def draw_speed(axes: Axes, runs: list[Run], base: Run) -> None:
     axes.set_yticks(range(len(runs)), [run.target for run in runs])
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1, linestyle=":")
-    axes.set(xlabel="training speed, times that of one CPU thread", xlim=(0, max(speed_ups) * 1.6))
+    axes.set(xlabel="training speed, relative to one CPU thread", xlim=(0, max(speed_ups) * 1.6))
 
 
 def draw_learning(by_epoch: Axes, by_second: Axes, runs: list[Run]) -> None:
-    """A run's validation AUROC after each epoch, and at which second of training and validation."""
+    """Each run's validation AUROC by epoch, and by second of training and validation."""
     for place, run in enumerate(runs):
         history = run.history
         look = {"color": f"C{place}", "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
@@ -169,7 +164,7 @@ def draw_learning(by_epoch: Axes, by_second: Axes, runs: list[Run]) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Print the table, write the chart, and give the exit code."""
+    """Print the table, write the chart and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,7 +174,7 @@ def main(words: list[str] | None = None) -> int:
         type=Path,
         metavar="PNG",
         default="comparison.png",
-        help="where the chart goes [%(default)s]",
+        help="file of the chart [%(default)s]",
     )
     arguments = parser.parse_args(words)
     try:

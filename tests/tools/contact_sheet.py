@@ -1,23 +1,21 @@
-"""Draw test radiographs of a run, their true and predicted findings, and where the network looks:
-a sheet to look at, not a measure.
+"""Draw a sheet of a run's test images, true and predicted findings, and where the network looks.
 
     python tests/tools/contact_sheet.py RUN_FOLDER [--finding LABEL] [--cache DIR] [--output PNG]
 
-For each label the sheet has one test image with that label, drawn at random (seed 0), so that rare
-findings are seen. A finding is predicted where its probability reaches the run's threshold
-(metrics.json).
+The sheet is for looking at; it measures nothing. It has one random test image (seed 0) for each
+label, so that rare findings appear too. A finding is predicted if its probability reaches the run's
+threshold (metrics.json).
 
-Beside each radiograph stands the class activation map (Zhou et al., CVPR 2016, arXiv:1512.04150) of
+Next to each radiograph is the class activation map (Zhou et al., CVPR 2016, arXiv:1512.04150) of
 its most probable finding, or of --finding. "No Finding" is a label but not a finding: only
 --finding "No Finding" shows its map. The map is exact: its mean over the image, plus the bias of
 the output layer, is the log-odds that the network gives the finding. Orange regions raise the
-log-odds, purple regions lower them, in full colour at the strongest value of the map: the scale
-differs from map to map and is printed below each. A map has one value for each 32 x 32 pixels of
-the network's input (4 x 4 values at 128 pixels), interpolated bilinearly: it shows a region, not an
-outline.
+log-odds, purple regions lower them, in full colour at the map's strongest value: the scale differs
+from map to map and is printed below each. A map has one value per 32 x 32 pixels of the network's
+input (4 x 4 values at 128 pixels), interpolated bilinearly: it shows a region, not an outline.
 
-The pixels are those that the network saw, read from the cache of xray_tensorflow.py or xray_gpu.py;
-the maps need only them and model.keras. To make a sheet of the sample bucket:
+The pixels are those that the network saw, from the cache of xray_tensorflow.py or xray_gpu.py; the
+maps also need model.keras. To make a sheet of the sample bucket:
 
     python tests/sample_bucket.py xray_tensorflow.py --image-size 128 --cache cache \\
         --output runs/sample
@@ -47,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 
 from xray_tensorflow import limit_tensorflow  # noqa: E402
 
-# Okabe and Ito's colours, told apart by the colour-blind; the marks say the same without colour.
+# Okabe and Ito's colours, safe for colour-blind readers; the marks say the same without colour.
 KINDS = {"found": ("●", "#0072B2"), "missed": ("○", "#D55E00"), "false alarm": ("+", "#555555")}
 # Lowers the log-odds, no effect (transparent), raises them.
 MAP_COLORS = LinearSegmentedColormap.from_list("map", ["#8A2BE2A6", "#FFFFFF00", "#FF8C00A6"])
@@ -55,20 +53,20 @@ STRIDE = 32  # pixels of MobileNet's input from one value of its last feature ma
 
 # Inches.
 COLUMNS = 3
-SIDE = 1.5  # of a film and of its map
+SIDE = 1.5  # of a film, and of its map
 MARGIN = 0.12
-BETWEEN = 0.25  # two films with their maps
+BETWEEN = 0.25  # between two films with their maps
 TITLE = 0.2  # of a film
 LINE = 0.165  # of text
 HEADER = 0.95
 
 
 class SheetError(Exception):
-    """What the user can fix, in one line."""
+    """A one-line message for the user."""
 
 
 def choose(predictions: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
-    """A row a label that some image has, drawn from those with the label; no image twice."""
+    """A random row for each label that occurs, among the images with it; no image twice."""
     random = np.random.default_rng(0)
     chosen: list[int] = []
     for label in labels:
@@ -79,9 +77,7 @@ def choose(predictions: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
 
 
 def findings(row: pd.Series, thresholds: dict[str, float | None]) -> list[tuple[str, str]]:
-    """(kind, text) of what is true or predicted of an image: found, missed, then the false
-    alarms.
-    """
+    """(kind, text) of an image's true or predicted findings: found, missed, then false alarms."""
     told = []
     for label, threshold in thresholds.items():
         true, probability = row[f"true {label}"] == 1, row[f"probability {label}"]
@@ -95,19 +91,17 @@ def findings(row: pd.Series, thresholds: dict[str, float | None]) -> list[tuple[
 
 
 def most_probable(row: pd.Series, labels: list[str]) -> str:
-    """The most probable finding of an image; "No Finding" is none."""
+    """The most probable finding of an image, "No Finding" excluded."""
     candidates = [label for label in labels if label != "No Finding"]
     return max(candidates, key=lambda label: row[f"probability {label}"])
 
 
 def read_pixels(cache: Path, config: dict, images: list[str]) -> np.ndarray:
-    """Grey uint8 (n, size, size) of the images, from the pixel cache. Raises SheetError where it lacks
-    one.
-    """
+    """Grey uint8 (n, size, size) from the pixel cache. Raises SheetError if an image is missing."""
     if not cache.is_file():
-        raise SheetError(f"no {cache}: name the run's --cache, which must be there still")
+        raise SheetError(f"no {cache}: give the run's --cache, which must still exist")
     size, prefix = config["arguments"]["image_size"], config["arguments"]["images"].rstrip("/")
-    # The newest: the cache may have images of that name from another server too.
+    # The newest: the cache may also have images of that name from another server.
     query = (
         "SELECT pixels FROM pixels WHERE source LIKE ? AND key = ? AND size = ? ORDER BY rowid DESC"
     )
@@ -120,14 +114,14 @@ def read_pixels(cache: Path, config: dict, images: list[str]) -> np.ndarray:
             ).fetchone()
             if row is None:
                 raise SheetError(
-                    f"{cache} has no {key} of {size} pixels a side: name the run's --cache"
+                    f"{cache} has no {key} of {size} pixels a side: give the run's --cache"
                 )
             found.append(np.frombuffer(row[0], np.uint8).reshape(size, size))
     return np.stack(found)
 
 
 def load_model(path: Path) -> Any:
-    """The Keras model of a run, on the CPU and without what TensorFlow prints at its start."""
+    """The Keras model of a run, on the CPU, without TensorFlow's startup messages."""
     limit_tensorflow(1)
     import keras
 
@@ -137,8 +131,8 @@ def load_model(path: Path) -> Any:
 def class_activation_maps(model: Any, pixels: np.ndarray) -> np.ndarray:
     """Maps (n, h, w, 15) of grey uint8 (n, size, size): what each place adds to each label's logit.
 
-    A map's mean plus the bias of the output layer is the logit, as MobileNet ends in global average
-    pooling and one dense layer (Zhou et al., CVPR 2016, arXiv:1512.04150).
+    A map's mean plus the bias of the output layer is the logit, since MobileNet ends in global
+    average pooling and one dense layer (Zhou et al., CVPR 2016, arXiv:1512.04150).
     """
     import keras
 
@@ -152,9 +146,9 @@ def class_activation_maps(model: Any, pixels: np.ndarray) -> np.ndarray:
 def enlarge(values: np.ndarray, size: int) -> np.ndarray:
     """A map (h, w) at the pixels (size, size) of the network's input, by bilinear interpolation.
 
-    Each of MobileNet's five convolutions of stride 2 pads right and below only, so that value i
-    looks at the surroundings of pixel 32 i + 31. Stretched to the image's edges, the map would lie
-    half a value too far up and left.
+    MobileNet's five convolutions of stride 2 each pad right and below only, so value i is centred
+    on pixel 32 i + 31. Stretched to the image's edges, the map would lie half a value too far up
+    and left.
     """
     scale = np.eye(2) / STRIDE
     offset = -(STRIDE - 1) / STRIDE
@@ -162,7 +156,7 @@ def enlarge(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def show_picture(figure: Figure, left: float, top: float, pixels: np.ndarray, title: str) -> Axes:
-    """A square film; `left` and `top` in inches from the sheet's corner at the upper left."""
+    """Draw a square film; `left` and `top` are in inches from the sheet's upper left corner."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes(
         (left / width, 1 - (top + SIDE) / height, SIDE / width, SIDE / height), frameon=False
@@ -174,7 +168,7 @@ def show_picture(figure: Figure, left: float, top: float, pixels: np.ndarray, ti
 
 
 def write_below(axes: Axes, line: int, text: str, **look: str) -> None:
-    """A line of text below a film, at the side that `ha` names."""
+    """Write a line of text below a film, aligned by `ha`."""
     corner = (1 if look["ha"] == "right" else 0, 0)
     below = (0, -4 - 72 * LINE * line)  # points
     axes.annotate(
@@ -190,9 +184,7 @@ def draw_sheet(
     maps: np.ndarray,
     mapped: list[str],
 ) -> None:
-    """Films (n, size, size), each with its map (n, h, w), `mapped` the map's title, and below them
-    the findings.
-    """
+    """Draw films (n, size, size), each with its map (n, h, w), the map's title and the findings."""
     size = films.shape[1]
     rows = [range(len(films))[start : start + COLUMNS] for start in range(0, len(films), COLUMNS)]
     heights = [SIDE + LINE * max(len(told[film]) for film in row) + TITLE + BETWEEN for row in rows]
@@ -218,7 +210,7 @@ def draw_sheet(
 
 
 def draw_header(figure: Figure, size: int, grid: tuple[int, ...]) -> None:
-    """What the sheet shows, what its marks mean, and the colour scale of its maps."""
+    """Explain the sheet, its marks and the colour scale of its maps."""
     width, height = figure.get_size_inches()
 
     def write(left: float, top: float, text: str, **look: Any) -> None:
@@ -245,7 +237,7 @@ def draw_header(figure: Figure, size: int, grid: tuple[int, ...]) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Draw the sheet and give the exit code."""
+    """Draw the sheet and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -253,10 +245,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--finding",
         metavar="LABEL",
-        help='label whose maps are shown [each image\'s most probable one but "No Finding"]',
+        help='label whose maps to show [each image\'s most probable, except "No Finding"]',
     )
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="of the run [as in its config.json]"
+        "--cache", type=Path, metavar="DIR", help="pixel cache of the run [as in its config.json]"
     )
     parser.add_argument(
         "--output", type=Path, metavar="PNG", default="contact_sheet.png", help="[%(default)s]"

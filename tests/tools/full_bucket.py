@@ -1,13 +1,12 @@
-"""Run a script on a bucket with all of ChestX-ray14's names, served on loopback, and say what each
-process took.
+"""Run a script on a bucket with all of ChestX-ray14's names, served on loopback; print memory use.
 
     python tests/tools/full_bucket.py Data_Entry_2017_v2020.csv.gz COMMAND
 
 COMMAND is `python xray_tensorflow.py --image-size 64`, or `spark-submit xray_elephas.py`.
 
-The label file is NIH's. Each of its images is one of a few drawn films of 64 x 64 pixels, so that
-the number is the real one and the time is not. The command gets `--credentials` at its end. The
-last lines are the largest memory of each kind of process.
+The label file is NIH's. Its images are a few synthetic films of 64 x 64 pixels, repeated: the
+number of images is real, the time is not. `--credentials` is appended to the command. The last
+lines are each process' peak memory.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ FILMS = 16
 
 
 def bucket_of(labels: Path) -> dict[str, bytes]:
-    """The label file, and a film under each of its names."""
+    """The label file, and a film for each name in it."""
     data = labels.read_bytes()
     text = gzip.decompress(data) if labels.suffix == ".gz" else data
     names = [row["Image Index"] for row in csv.DictReader(text.decode("utf-8-sig").splitlines())]
@@ -41,14 +40,12 @@ def bucket_of(labels: Path) -> dict[str, bytes]:
 
 
 def peak_memory(peaks: dict[str, int]) -> None:
-    """Note the largest resident memory, in MB, of each process that runs under this one, by name
-    and number.
-    """
+    """Record the peak resident memory, in MB, of each descendant process, by name and number."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it has just ended
             continue
         children.setdefault(parent, []).append(int(stat.parent.name))
     waiting = [int(Path("/proc/self").resolve().name)]
@@ -70,7 +67,7 @@ def main() -> int:
         print(__doc__)
         return 2
     labels, *command = sys.argv[1:]
-    # Several processes: one would be slower than what it measures.
+    # Several processes: a single server would be slower than the script under test.
     with (
         tempfile.TemporaryDirectory() as folder,
         static_s3(bucket_of(Path(labels)), 0, processes=4) as endpoint,
