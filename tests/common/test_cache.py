@@ -240,6 +240,7 @@ def test_a_killed_process_loses_nothing_that_it_had_stored(
     assert same(before, after)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_share_a_new_cache(
     credentials: Path, ingest: Callable, tmp_path: Path
 ) -> None:

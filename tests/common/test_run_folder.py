@@ -129,7 +129,7 @@ def test_the_folder_of_a_killed_run_can_be_resumed() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == "taken\n"
-        with pytest.raises(xray.UserError, match="another run is at work"):
+        with pytest.raises(xray.UserError, match="another run is using"):
             begin("--output", "mine", "--resume")
         holder.send_signal(signal.SIGKILL)
     begin("--output", "mine", "--resume")

@@ -206,9 +206,10 @@ def uploads(unbroken: Unbroken, runs_bucket: Any, tmp_path_factory: pytest.TempP
     return count_moments("change", [*unbroken.options, *output], folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
-    [pytest.param(n, marks=[] if n == 8 else pytest.mark.slow) for n in range(1, MOST + 1)],
+    range(1, MOST + 1),
     ids="upload {}".format,
 )
 def test_a_run_killed_at_an_upload_ends_on_another_machine(
@@ -343,6 +344,7 @@ def test_a_full_output_disk(
     assert json.loads(ended.stdout.splitlines()[-1])["auroc"] == unbroken.result["auroc"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.keras", "report.png"])
 def test_a_disk_full_when_the_result_is_written(
     unbroken: Unbroken, disk: Callable, tmp_path: Path, name: str

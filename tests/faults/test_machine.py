@@ -172,6 +172,7 @@ def test_settings_that_end_an_import_are_one_line(tmp_path: Path) -> None:
     assert "keras.json" in one_line(ended.code, ended.stderr)
 
 
+@pytest.mark.slow
 def test_without_docstrings(tmp_path: Path) -> None:
     command = [sys.executable, "-OO", ROOT / "xray_tensorflow.py", "--help"]
     assert "--image-size PX" in run_process(command, cwd=tmp_path).stdout

@@ -788,6 +788,7 @@ def test_wrong_credentials(tmp_path: Path) -> None:
     assert "credentials.yml has no aws_secret_key_id" in error_line(submit(tmp_path))
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_before_the_cluster_is_taken(credentials: Path, tmp_path: Path) -> None:
     nobody = "PYSPARK_SUBMIT_ARGS=--conf spark.master=spark://127.0.0.1:9"
     words = [*QUICK, "--credentials", credentials, "--weights", tmp_path / "no.weights.h5"]

@@ -214,6 +214,7 @@ def die_at(moment: float, patch: pytest.MonkeyPatch) -> list[Path]:
     return changed
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_any_change_of_a_file_goes_on(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -353,7 +353,10 @@ sys.exit(xray_gpu.run_script(compile_by_xla))
 """
 
 
-@pytest.mark.parametrize("level", [None, "3", "0"])
+SLOW_LEVELS = [pytest.param(level, marks=pytest.mark.slow) for level in ("3", "0")]
+
+
+@pytest.mark.parametrize("level", [None, *SLOW_LEVELS])
 def test_xla_is_quiet_unless_the_user_wants_its_log(level: str | None) -> None:
     setting = "-uTF_CPP_MIN_LOG_LEVEL" if level is None else f"TF_CPP_MIN_LOG_LEVEL={level}"
     finished = run_process(["env", setting, sys.executable, "-c", QUIET, ROOT])
@@ -377,6 +380,7 @@ os.abort()
 """
 
 
+@pytest.mark.slow
 def test_the_last_words_of_a_crash_are_shown() -> None:
     shown = run_process(["sh", "-c", '"$@" 2>&1 | cat', "sh", sys.executable, "-c", CRASH, ROOT])
     assert "F0000 00:00:1 1 cuda.cc:2] no driver\n" in shown.stdout
