@@ -101,7 +101,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Optional, Protocol, TextIO
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO
 
 import boto3
 import botocore.exceptions
@@ -816,7 +816,7 @@ class SparkTrainer:
         self._job = Job(model.to_json(), task_cores(context), labels, len(self._train), arguments)
         self._elephas: Any = None
         self._parameters: Any = None  # a Broadcast
-        self._dealt: Optional[tuple[RDD, AsyncResult]] = None
+        self._dealt: tuple[RDD, AsyncResult] | None = None
         self._background = ThreadPool(1)
 
     def fit_epoch(self, epoch: int) -> float:
@@ -1239,7 +1239,7 @@ def guarded_server(model: dict, port: int, mode: str, key: str, workers: int) ->
 
             return answer
 
-        def admit(self) -> Optional[Update]:
+        def admit(self) -> Update | None:
             """Refuse a request without the key, unread, and one that does not fit the weights."""
             headers = flask.request.headers
             given = headers.get("Authorization", "").encode()
@@ -1411,7 +1411,7 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
 
 
 def assign_splits(
-    table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None
+    table: pd.DataFrame, seed: int, test_images: set[str] | None = None
 ) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
@@ -1689,7 +1689,7 @@ def fast_convolution(conv: Any, padding: str, x: Any) -> Any:
 
 
 def fast_batch_normalization(
-    norm: Any, x: Any, training: Optional[bool] = None, mask: None = None
+    norm: Any, x: Any, training: bool | None = None, mask: None = None
 ) -> Any:
     """Batch normalisation by TensorFlow's fused kernel (76 to 107 images/s).
 
@@ -1751,7 +1751,7 @@ def train_epochs(trainer: Trainer, run: "Run") -> None:
         dead = dead or warn_if_dead(scores, run.history["validation_auroc"])
 
 
-def show(row: dict[str, float], screen: Optional[TextIO] = None) -> None:
+def show(row: dict[str, float], screen: TextIO | None = None) -> None:
     """Print an epoch's row of the history as one line."""
     numbers = (f"{name} {value:.4g}" for name, value in row.items())
     print("  ".join(numbers), file=screen, flush=True)
@@ -1779,7 +1779,7 @@ def batches(
     labels: np.ndarray,
     rows: np.ndarray,
     batch_size: int,
-    flips: Optional[np.ndarray] = None,
+    flips: np.ndarray | None = None,
 ) -> Any:
     """A tf.data.Dataset of images, uint8 (b, size, size, 1), and labels, float32 (b, 15).
 
@@ -1809,7 +1809,7 @@ def batches(
     return counted.prefetch(2).with_options(options)
 
 
-def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
+def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> np.ndarray | None:
     """Which of the table's `count` images to mirror in an epoch: bool (count,); None: no --flip.
 
     Depends only on seed, epoch and row: a resumed run draws the same as an unbroken one, on every
@@ -1927,8 +1927,8 @@ class Run:
         self.peak_memory_mb: dict[str, int] = {}
         self._script = Path(sys.argv[0]).stem
         self._seconds: dict[str, float] = defaultdict(float)
-        self._copy: Optional[S3Copy] = None
-        self._lock: Optional[TextIO] = None
+        self._copy: S3Copy | None = None
+        self._lock: TextIO | None = None
         taken, self._begun = False, b""
         output = arguments.output or ""
         if output.startswith("s3://"):
@@ -2275,7 +2275,7 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
         figure.savefig(partial, dpi=120)
 
 
-def or_none(number_or_nan: float) -> Optional[float]:
+def or_none(number_or_nan: float) -> float | None:
     """The number, or None for nan, which JSON does not have."""
     return None if math.isnan(number_or_nan) else float(number_or_nan)
 
@@ -2581,7 +2581,7 @@ def s3_errors(
 # ==== command line, and errors as one line ====
 
 
-def common_parser(manual: Optional[str], cache: Any = None) -> argparse.ArgumentParser:
+def common_parser(manual: str | None, cache: Any = None) -> argparse.ArgumentParser:
     """The options that the three scripts share; `manual` is the script's docstring, for --help.
 
     `cache` is the type of --cache, by default a local folder.

@@ -72,7 +72,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Optional, Protocol, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 
 import boto3
 import botocore.exceptions
@@ -186,7 +186,7 @@ def choose_precision(wanted: str, gpus: list[dict]) -> str:
     return "mixed_float16" if tensor_cores else "float32"
 
 
-def driver_version() -> Optional[str]:
+def driver_version() -> str | None:
     """The NVIDIA driver's version; None if Linux does not say."""
     path = Path("/proc/driver/nvidia/version")
     words = path.read_text().split() if path.exists() else []
@@ -243,7 +243,7 @@ def make_feed(
     device = tf.config.list_logical_devices()[-1].name  # the CPU comes first
     prefetch = tf.data.experimental.prefetch_to_device(device, 2)
 
-    def feed(rows: np.ndarray, flips: Optional[np.ndarray] = None) -> Any:
+    def feed(rows: np.ndarray, flips: np.ndarray | None = None) -> Any:
         # XLA takes half a minute for each batch shape, so the last batch is filled up with the
         # epoch's first images: none is left out, while padding with a weight of zero would still
         # count in batch normalisation.
@@ -299,7 +299,7 @@ def step_on_rows(step: Callable[[tuple], Any], pixels: Any, labels: Any, data: A
     return step((images, tf.gather(labels, rows)))
 
 
-def row_batches(rows: np.ndarray, batch_size: int, flips: Optional[np.ndarray]) -> Any:
+def row_batches(rows: np.ndarray, batch_size: int, flips: np.ndarray | None) -> Any:
     """A tf.data.Dataset of int32 (b, 2): each image's row, and whether to mirror it."""
     import tensorflow as tf
 
@@ -583,7 +583,7 @@ class KerasTrainer:
         class OneEpoch(keras.callbacks.Callback):
             """Ends the fit after one epoch, which Keras shows as one of all epochs."""
 
-            def on_epoch_end(self, epoch: int, logs: Optional[dict] = None) -> None:
+            def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
                 self.model.stop_training = True
 
         # Order, flips and dropout depend only on seed and epoch: a resumed run draws the same as an
@@ -717,7 +717,7 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
 
 
 def assign_splits(
-    table: pd.DataFrame, seed: int, test_images: Optional[set[str]] = None
+    table: pd.DataFrame, seed: int, test_images: set[str] | None = None
 ) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
@@ -995,7 +995,7 @@ def fast_convolution(conv: Any, padding: str, x: Any) -> Any:
 
 
 def fast_batch_normalization(
-    norm: Any, x: Any, training: Optional[bool] = None, mask: None = None
+    norm: Any, x: Any, training: bool | None = None, mask: None = None
 ) -> Any:
     """Batch normalisation by TensorFlow's fused kernel (76 to 107 images/s).
 
@@ -1057,7 +1057,7 @@ def train_epochs(trainer: Trainer, run: "Run") -> None:
         dead = dead or warn_if_dead(scores, run.history["validation_auroc"])
 
 
-def show(row: dict[str, float], screen: Optional[TextIO] = None) -> None:
+def show(row: dict[str, float], screen: TextIO | None = None) -> None:
     """Print an epoch's row of the history as one line."""
     numbers = (f"{name} {value:.4g}" for name, value in row.items())
     print("  ".join(numbers), file=screen, flush=True)
@@ -1085,7 +1085,7 @@ def batches(
     labels: np.ndarray,
     rows: np.ndarray,
     batch_size: int,
-    flips: Optional[np.ndarray] = None,
+    flips: np.ndarray | None = None,
 ) -> Any:
     """A tf.data.Dataset of images, uint8 (b, size, size, 1), and labels, float32 (b, 15).
 
@@ -1115,7 +1115,7 @@ def batches(
     return counted.prefetch(2).with_options(options)
 
 
-def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> Optional[np.ndarray]:
+def draw_flips(arguments: argparse.Namespace, epoch: int, count: int) -> np.ndarray | None:
     """Which of the table's `count` images to mirror in an epoch: bool (count,); None: no --flip.
 
     Depends only on seed, epoch and row: a resumed run draws the same as an unbroken one, on every
@@ -1233,8 +1233,8 @@ class Run:
         self.peak_memory_mb: dict[str, int] = {}
         self._script = Path(sys.argv[0]).stem
         self._seconds: dict[str, float] = defaultdict(float)
-        self._copy: Optional[S3Copy] = None
-        self._lock: Optional[TextIO] = None
+        self._copy: S3Copy | None = None
+        self._lock: TextIO | None = None
         taken, self._begun = False, b""
         output = arguments.output or ""
         if output.startswith("s3://"):
@@ -1581,7 +1581,7 @@ def draw_report(path: Path, report: pd.DataFrame, history: pd.DataFrame) -> None
         figure.savefig(partial, dpi=120)
 
 
-def or_none(number_or_nan: float) -> Optional[float]:
+def or_none(number_or_nan: float) -> float | None:
     """The number, or None for nan, which JSON does not have."""
     return None if math.isnan(number_or_nan) else float(number_or_nan)
 
@@ -1887,7 +1887,7 @@ def s3_errors(
 # ==== command line, and errors as one line ====
 
 
-def common_parser(manual: Optional[str], cache: Any = None) -> argparse.ArgumentParser:
+def common_parser(manual: str | None, cache: Any = None) -> argparse.ArgumentParser:
     """The options that the three scripts share; `manual` is the script's docstring, for --help.
 
     `cache` is the type of --cache, by default a local folder.

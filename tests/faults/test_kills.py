@@ -14,8 +14,9 @@ import shutil
 import signal
 import sqlite3
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
