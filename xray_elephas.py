@@ -160,6 +160,7 @@ def main() -> None:
         with run.timed("setup"):
             executors, slots = ready_slots(session.sparkContext, arguments)
             arguments.workers = count_workers(table, arguments, slots)
+            check_heap(arguments)
             run.check(table, {"mode": arguments.mode, "workers": arguments.workers})
             import_tensorflow()
             model = build_cnn(arguments, labels_by_split(table)["train"])
@@ -267,6 +268,9 @@ def start_java() -> None:
     # Python handles Ctrl-C. PySpark's own Java ignores it, spark-submit's does not.
     signals = SparkContext._jvm.sun.misc
     signals.Signal.handle(signals.Signal("INT"), signals.SignalHandler.SIG_IGN)
+    # End Java when its heap is full: else a thread that fetches results dies, and its job hangs.
+    handler = SparkContext._jvm.org.apache.spark.util.SparkUncaughtExceptionHandler(False)
+    SparkContext._jvm.Thread.setDefaultUncaughtExceptionHandler(handler)
 
 
 def pass_on(receiver: int) -> None:
@@ -390,7 +394,8 @@ def spark_error(error: Exception, mode: str) -> Exception:
         executor_lost += f", and {resume}, or use --mode {SYNCHRONOUS}"
     known = {
         "SparkContext was shut down|stopped SparkContext": "the cluster has ended the run (yarn "
-        f"application -status APPLICATION says why): {resume}",
+        "application -status APPLICATION says why), or Java's heap was full (raise "
+        f"--driver-memory): {resume}",
         "Java heap space|GC overhead": "Java's heap is too small: raise "
         "--driver-memory and spark.executor.memory",
         "BlockMissingException": "the cache lost pixels with an HDFS node: run again with "
@@ -517,6 +522,15 @@ def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int
         reason = f"{images} training images are no more than --batch-size {batch_size} for each"
         print(f"warning: {possible} workers, not {wanted}: {reason}", file=sys.stderr)
     return min(wanted, possible)
+
+
+def check_heap(arguments: argparse.Namespace) -> None:
+    """Warn if Java's heap may not hold what synchronous workers return (docs/scaling.md)."""
+    heap = SparkContext._jvm.Runtime.getRuntime().maxMemory() // 10**6
+    needed = 500 + 40 * (arguments.workers + 4)
+    if arguments.mode == SYNCHRONOUS and heap < needed:
+        problem = f"{arguments.workers} workers need {needed} MB of Java's heap, which has {heap}"
+        print(f"warning: {problem}: raise --driver-memory", file=sys.stderr)
 
 
 def describe(

@@ -411,8 +411,8 @@ def run_whole(
         command = [
             Path(sys.executable).with_name("spark-submit"),
             *("--master", master or f"local-cluster[{workers},1,1024]"),
-            # A small heap, so that Java's memory is what it needs, not uncollected garbage.
-            *("--driver-memory", "512m"),
+            # A small heap for two workers: Java's memory is what it needs, not garbage.
+            *("--driver-memory", "2g" if master else "512m"),
             command[1],
         ]
     command += ["--weights", "none", *options, "--output", output]

@@ -696,6 +696,18 @@ def test_a_killed_java_is_one_line(asynchronous: list, tmp_path: Path, mode: str
 
 
 @pytest.mark.slow
+def test_a_heap_that_is_too_small_ends_the_run(asynchronous: list, tmp_path: Path) -> None:
+    """The results of 8 workers alone are 312 MB: no hang, no trace."""
+    words = [*asynchronous, "--mode", "synchronous", "--workers", 8, "--epochs", 9]
+    start = ["env", "PYSPARK_SUBMIT_ARGS=--driver-memory 480m", sys.executable]
+    finished = run_process([*start, SCRIPT, *QUICK, *words], cwd=tmp_path)
+    problem = finished.stderr.splitlines()[-1]
+    assert "8 workers need 980 MB of Java's heap" in finished.stderr
+    assert re.search("Java was killed|heap is too small|heap was full", problem)
+    assert finished.code == 2
+
+
+@pytest.mark.slow
 def test_settings_of_clusters_and_a_proxy_that_is_for_s3(
     asynchronous: list, credentials: Path, tmp_path: Path
 ) -> None:
