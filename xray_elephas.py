@@ -396,7 +396,7 @@ def spark_error(error: Exception, mode: str) -> Exception:
         "SparkContext was shut down|stopped SparkContext": "the cluster has ended the run (yarn "
         "application -status APPLICATION says why), or Java's heap was full (raise "
         f"--driver-memory): {resume}",
-        "Java heap space|GC overhead": "Java's heap is too small: raise "
+        "Java heap space|GC overhead|TaskResultLost": "Java's heap is too small: raise "
         "--driver-memory and spark.executor.memory",
         "BlockMissingException": "the cache lost pixels with an HDFS node: run again with "
         "another --cache",
