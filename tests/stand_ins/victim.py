@@ -116,7 +116,7 @@ def live(options: list[str], screen: Path, die: Moment | None, folder: Path | No
     elif kind == "batch":
         Ticking.tick = staticmethod(tick)
         make = xray.batches
-        xray.batches = lambda pixels, *rest: make(pixels.view(Ticking), *rest)
+        xray.batches = lambda pixels, *rest, **how: make(pixels.view(Ticking), *rest, **how)
     elif kind == "event":
         output = options[options.index("--output") + 1]
         sys.addaudithook(lambda event, args: tick() if changes(output, event, args) else None)
