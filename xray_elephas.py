@@ -945,6 +945,7 @@ def kept_model(job: Job) -> Any:
         speed_up(model.get_layer("mobilenet").layers)
         model.optimizer.build(model.trainable_variables)
         kept.model = model
+        kept.training_pass = tf.function(functools.partial(model, training=True))
         # PySpark collects garbage after each task: 0.4 s with TensorFlow and Keras loaded.
         gc.freeze()
     return kept.model
@@ -1002,8 +1003,8 @@ class Share:
         )
         return model.fit(data, epochs=1, shuffle=False, verbose=0).history
 
-    def renew_statistics(self, model: Any) -> None:
-        """Set batch normalisation's statistics to their means over some of the share's batches."""
+    def statistics(self, model: Any, training_pass: Callable) -> list[np.ndarray]:
+        """The means of batch normalisation's statistics over some of the share's batches."""
         import keras
 
         layers = model.get_layer("mobilenet").layers
@@ -1012,13 +1013,15 @@ class Share:
         size = self._arguments.batch_size
         random = np.random.default_rng([self._arguments.seed, TaskContext.get().partitionId()])
         order = random.permutation(len(self._rows))
-        for batch in range(min(STATISTICS_BATCHES, len(order) // size)):
-            for norm in norms:
-                norm.momentum = batch / (batch + 1)  # of a mean: the first batch counts alone
-            chosen = order[batch * size : (batch + 1) * size]
-            model(self._pixels[chosen][..., np.newaxis], training=True)
+        found = []
+        for norm in norms:
+            norm.momentum = 0  # the statistics of a batch alone; read when the pass is traced
+        for start in range(0, min(STATISTICS_BATCHES, len(order) // size) * size, size):
+            training_pass(self._pixels[order[start : start + size], ..., np.newaxis])
+            found.append(values_of(model.non_trainable_weights))
         for norm in norms:
             norm.momentum = momentum
+        return [np.mean(arrays, axis=0) for arrays in zip(*found)]
 
 
 def statistics_of(items: Iterator[tuple], job: Job, parameters: Broadcast) -> Iterator[list]:
@@ -1026,8 +1029,7 @@ def statistics_of(items: Iterator[tuple], job: Job, parameters: Broadcast) -> It
     share = Share(items, job)
     model = kept_model(job)
     assign(state_of(model), pickle.loads(parameters.value))
-    share.renew_statistics(model)
-    yield values_of(model.non_trainable_weights)
+    yield share.statistics(model, sys.modules["xray_kept"].training_pass)
 
 
 def predict_partition(items: Iterator[tuple], job: Job, parameters: Broadcast) -> Iterator[tuple]:
