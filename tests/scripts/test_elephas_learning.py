@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ def weights_file(keras: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     table = pd.DataFrame(hot, columns=xray.LABELS).assign(split="train")
     arguments = parse(*SIZE, "--weights", "none", "--epochs", 8)
     model = xray.build_cnn(arguments, table[xray.LABELS].to_numpy(np.float32))
-    trainer = xray.KerasTrainer(model, pixels, table, arguments)
+    labels = table[xray.LABELS].to_numpy(np.float32)
+    feed = functools.partial(xray.batches, pixels, labels, batch_size=arguments.batch_size)
+    trainer = xray.KerasTrainer(model, feed, table, arguments)
     for epoch in range(1, 9):
         trainer.fit_epoch(epoch)
     path = tmp_path_factory.mktemp("weights") / "mobilenet.weights.h5"
