@@ -150,8 +150,8 @@ def main() -> None:
         with run.timed("ingest"):
             client = connect(credentials, arguments)
         with run.timed("setup"):
+            import_tensorflow()
             if arguments.weights != "none":  # a file that cannot be loaded should fail now
-                import_tensorflow()
                 build_cnn(arguments, np.zeros((0, len(LABELS)), np.float32))
             session = start_spark(arguments)
         # After Spark's start: YARN gives up on a driver without a SparkContext after 100 s.
@@ -162,7 +162,6 @@ def main() -> None:
             arguments.workers = count_workers(table, arguments, slots)
             check_heap(arguments)
             run.check(table, {"mode": arguments.mode, "workers": arguments.workers})
-            import_tensorflow()
             model = build_cnn(arguments, labels_by_split(table)["train"])
         with run.timed("ingest"):
             table, data, cached = ingest_on_executors(session, credentials, arguments, table, slots)
@@ -1004,24 +1003,18 @@ class Share:
         return model.fit(data, epochs=1, shuffle=False, verbose=0).history
 
     def statistics(self, model: Any, training_pass: Callable) -> list[np.ndarray]:
-        """The means of batch normalisation's statistics over some of the share's batches."""
-        import keras
-
-        layers = model.get_layer("mobilenet").layers
-        norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
-        momentum = norms[0].momentum
+        """The moving statistics of batch normalisation on some of the share's batches alone."""
         size = self._arguments.batch_size
         random = np.random.default_rng([self._arguments.seed, TaskContext.get().partitionId()])
         order = random.permutation(len(self._rows))
-        found = []
-        for norm in norms:
-            norm.momentum = 0  # the statistics of a batch alone; read when the pass is traced
-        for start in range(0, min(STATISTICS_BATCHES, len(order) // size) * size, size):
+        count = min(STATISTICS_BATCHES, len(order) // size)
+        for variable in model.non_trainable_weights:
+            variable.assign(np.zeros(variable.shape))
+        for start in range(0, count * size, size):
             training_pass(self._pixels[order[start : start + size], ..., np.newaxis])
-            found.append(values_of(model.non_trainable_weights))
-        for norm in norms:
-            norm.momentum = momentum
-        return [np.mean(arrays, axis=0) for arrays in zip(*found)]
+        # Begun at zero, a moving mean of `count` batches is short by momentum ** count, as Adam's.
+        momentum = model.get_layer("mobilenet").get_layer("conv1_bn").momentum
+        return [array / (1 - momentum**count) for array in values_of(model.non_trainable_weights)]
 
 
 def statistics_of(items: Iterator[tuple], job: Job, parameters: Broadcast) -> Iterator[list]:
