@@ -222,6 +222,7 @@ def test_a_database_of_others_is_one_line_and_stays(
         assert [row[0] for row in open_.execute("SELECT name FROM sqlite_master")] == ["pixels"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing_that_it_had_stored(
     credentials: Path, ingest: Callable, tmp_path: Path
 ) -> None:

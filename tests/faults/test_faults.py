@@ -145,6 +145,7 @@ def test_one_stall_of_each_kind_with_the_real_timeout(
     assert_right(pixels, right)
 
 
+@pytest.mark.slow
 def test_an_expired_token_is_one_line_and_a_fresh_one_goes_on(
     credentials: Path, right: dict, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ MOST = 30  # at least the number of files and objects an unbroken run changes
 EVENTS = range(1, MOST + 1)
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
-FAST = {("image", 137), ("event", 12)}
+FAST = {("image", 137)}
 MARKED = [
     pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS
 ]
@@ -306,6 +306,7 @@ def test_s3_that_is_away_for_an_epoch(
     assert names(copy) == names(unbroken.folder)
 
 
+@pytest.mark.slow
 def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -> None:
     cache = disk("size=400k") / "cache"
     options = [*unbroken.options, "--cache", cache, "--output", tmp_path / "run"]

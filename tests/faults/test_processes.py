@@ -230,6 +230,7 @@ def finished(running: Ingest) -> tuple[int, str]:
     )
 
 
+@pytest.mark.slow
 def test_s3_that_fails_is_its_own_line(tmp_path: Path) -> None:
     with (
         static_s3(bucket_of(3000), 0) as endpoint,

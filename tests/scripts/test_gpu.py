@@ -353,10 +353,8 @@ sys.exit(xray_gpu.run_script(compile_by_xla))
 """
 
 
-SLOW_LEVELS = [pytest.param(level, marks=pytest.mark.slow) for level in ("3", "0")]
-
-
-@pytest.mark.parametrize("level", [None, *SLOW_LEVELS])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [None, "3", "0"])
 def test_xla_is_quiet_unless_the_user_wants_its_log(level: str | None) -> None:
     setting = "-uTF_CPP_MIN_LOG_LEVEL" if level is None else f"TF_CPP_MIN_LOG_LEVEL={level}"
     finished = run_process(["env", setting, sys.executable, "-c", QUIET, ROOT])
