@@ -15,7 +15,6 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.slow
 
 UV = Path(sys.executable).with_name("uv")
-PAGES = ["xray_gpu.md", "aws.md"]
 # Debian 10 has glibc 2.28; EMR 7 and the AMI of Amazon Linux 2023 have 2.34.
 PLATFORMS = ["x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"]
 
@@ -61,22 +60,18 @@ def test_uv_run_finds_what_the_metadata_asks_for(script: str, tmp_path: Path) ->
     ask_pypi([UV, "lock", "--quiet", *how, "--script", tmp_path / script])
 
 
-def recipe(page: str) -> list[str]:
+def recipe() -> list[str]:
     """The page's commands that install for g3s.xlarge."""
-    text = (ROOT / "docs" / page).read_text()
+    text = (ROOT / "docs" / "aws.md").read_text()
     (commands,) = re.findall(
         r"(?m)^(grep .*requirements.txt.*)\n(pip install -r requirements-2.16.txt .*)$", text
     )
     return list(commands)
 
 
-def test_the_pages_have_one_recipe() -> None:
-    assert recipe(PAGES[0]) == recipe(PAGES[1])
-
-
 def test_the_recipe_for_amazon_linux_2_has_wheels(tmp_path: Path) -> None:
     """Python 3.10 and glibc 2.26, which uv does not know: AWS's AMI for g3s.xlarge."""
-    command, install = recipe("xray_gpu.md")
+    command, install = recipe()
     (tmp_path / "requirements.txt").write_text((ROOT / "requirements.txt").read_text())
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     added = [word.strip('"').replace("[and-cuda]", "") for word in install.split()[4:]]
