@@ -1,7 +1,7 @@
 """Measure speed, memory and learning against common alternatives; update tables in docs/results.md.
 
     pip install -r tests/benchmark/requirements.txt
-    python tests/benchmark/benchmark.py                    everything but gpu, on two idle cores, about an hour
+    python tests/benchmark/benchmark.py                    everything but gpu, on two idle cores, about two hours
     python tests/benchmark/benchmark.py steps pixels       only these groups; other tables stay as they are
     python tests/benchmark/benchmark.py gpu                on a machine with a GPU, about 40 minutes
 
@@ -658,7 +658,7 @@ def cost_of_workers() -> str:
         for name, runs in histories.items()
     ]
     head = (
-        f"{FILMS:,} synthetic films of {FILM_SIZE} pixels, batches of 8: validation AUROC | "
+        f"{FILMS:,} synthetic radiographs of {FILM_SIZE} pixels, batch size 8: validation AUROC | "
         f"epoch 1 | epoch 3 | epoch {FILM_EPOCHS} | best epoch | seconds of training, two cores"
     )
     chart = f"![Validation AUROC by epochs and by seconds for 2 to 16 workers]({CHART.name})"
