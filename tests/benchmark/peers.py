@@ -17,7 +17,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -466,8 +466,11 @@ def started(peers: dict[Any, Peer]) -> Iterator[dict[Any, Connection]]:
             pipes[name].recv()
         yield pipes
     finally:
-        for process in processes:
-            process.kill()
+        for pipe in pipes.values():
+            with suppress(OSError):  # it has failed
+                pipe.send(False)
+        for process in processes:  # a killed one would leave tqdm's semaphore behind
+            process.join()
 
 
 def measure_once(peer: Callable, arguments: Namespace) -> Any:
