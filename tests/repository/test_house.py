@@ -106,7 +106,7 @@ sys.version_info = (3, {minor})
 runpy.run_path("tests/check_python.py")
 """
     checked = run_process([sys.executable, "-c", program])
-    assert (checked.code, checked.stdout) == (0 if fits else 1, "")
+    assert (checked.code, checked.stdout) == (0 if fits else 2, "")
     shown = checked.stderr.splitlines()
     assert len(shown) == (0 if fits else 1)
     assert fits or f"this is Python 3.{minor}, " in shown[0]
