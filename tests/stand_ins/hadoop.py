@@ -292,6 +292,8 @@ def hadoop_settings(
         "yarn.log-aggregation-enable": "true",
         "yarn.nodemanager.remote-app-log-dir": "/var/log/hadoop-yarn/apps",
         "yarn.nodemanager.delete.debug-delay-sec": 0,
+        # By default a node takes no containers once this machine's disk is over 90% full.
+        "yarn.nodemanager.disk-health-checker.max-disk-utilization-per-disk-percentage": 100,
         # By default ten minutes, during which a dead node's containers count as running.
         "yarn.nm.liveness-monitor.expiry-interval-ms": 20000,
         "yarn.resourcemanager.nm.liveness-monitor.interval-ms": 5000,
@@ -471,8 +473,10 @@ def start(
             started += start_node(folder, node)
         deadline = time.monotonic() + 120
         while active_nodes() < nodes:
-            if time.monotonic() > deadline or any(server.poll() is not None for server in started):
-                raise StandInError(f"a server does not start: {folder}/logs says why")
+            if any(server.poll() is not None for server in started):
+                raise StandInError(f"a server has ended: {folder}/logs says why")
+            if time.monotonic() > deadline:
+                raise StandInError(f"no {nodes} active nodes after 120 s: {folder}/logs says why")
             time.sleep(1)
         cluster.run(
             "hdfs",
