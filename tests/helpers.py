@@ -223,16 +223,17 @@ def submit(
     *options: Any,
     conf: tuple[str, ...] = (),
     python: Path = Path(sys.executable),
+    script: Path = ROOT / "xray_elephas.py",
     **how: Any,
 ) -> Finished:
-    """Submit xray_elephas.py, alone in `folder`, to two one-core executors. Skips without Java.
+    """Submit `script`, alone in `folder`, to two one-core executors. Skips without Java.
 
     Uses the spark-submit next to `python`.
     """
     if not has_java():
         pytest.skip("Spark needs Java: elephas_libs.sh installs one if there is none")
     settings = [word for setting in conf for word in ("--conf", setting)]
-    shutil.copy(ROOT / "xray_elephas.py", folder)
+    shutil.copy(script, folder)
     command = [python.with_name("spark-submit"), *CLUSTER, *settings, "xray_elephas.py"]
     # spark-submit takes PATH's first python3, which is this one only in an activated venv.
     environment = ["env", f"PYSPARK_PYTHON={python}"]

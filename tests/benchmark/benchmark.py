@@ -629,8 +629,8 @@ def learners() -> list[Learner]:
         # Adam's learning rate for an N-fold batch: Malladi et al., NeurIPS 2022, arXiv:2205.10287.
         words = ["--batch-size", 8 * count, "--learning-rate", rate * count**0.5]
         found.append(Learner(f"one process, {count}-fold batch", one, words))
-    words = ["--workers", 8, "--learning-rate", rate * 8**0.5]
-    found.append(Learner("8 workers, 2.8 times the rate", many, words))
+    words = ["--workers", 8, "--learning-rate", rate / 8**0.5]
+    found.append(Learner("8 workers, one process's rate", many, words))
     for mode in ("asynchronous", "hogwild"):
         for count in (2, 8):
             words = ["--workers", count, "--mode", mode]

@@ -104,7 +104,10 @@ class TestBatches:
 
 @pytest.mark.usefixtures("keras")
 def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker has some of the table's rows, in any order, and draws flips by row."""
+    """A worker has some of the table's rows, in any order, and draws flips by row.
+
+    It trains them in two parts, whose batches are full but for the epoch's last.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (30, 9, 9), np.uint8)
     labels = np.zeros((30, 15), np.float32)
     labels[:, 0] = range(30)  # identifies an image's row
@@ -115,9 +118,11 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     sent = SimpleNamespace(value=pickle.dumps(labels))
     job = SimpleNamespace(labels=sent, images=30, arguments=arguments)
     seen: list[int] = []
+    sizes: list[int] = []
 
     def fit(data: Any, **how: Any) -> Any:
         for images, found in data.as_numpy_iterator():
+            sizes.append(len(images))
             for image, row in zip(images[..., 0], found[:, 0].astype(int)):
                 assert np.array_equal(image, pixels[row, :, ::-1] if flips[row] else pixels[row])
                 seen.append(row)
@@ -131,8 +136,11 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(
             xray_elephas, "TaskContext", SimpleNamespace(get=lambda task=task: task)
         )
-        xray_elephas.Share(iter([(rows, pixels[rows])]), job).fit(model, 2)
+        share = xray_elephas.Share(iter([(rows, pixels[rows])]), job)
+        for part in range(2):
+            share.fit(model, 2, part, parts=2)
     assert sorted(seen) == list(range(30))
+    assert sizes == [4, 4, 2] * 3
 
 
 @pytest.mark.slow
