@@ -826,7 +826,7 @@ class SparkTrainer:
         self._counts = table["split"].value_counts()
         self._arguments = arguments
         # Synchronous mode averages Adam's state with the weights. Elephas alone would reset it in
-        # each epoch, and state kept in a worker would be lost with the worker, and to --resume.
+        # each fit, and state kept in a worker would be lost with the worker, and to --resume.
         model.optimizer.build(model.trainable_variables)
         self._parts = 1
         workers = arguments.workers
