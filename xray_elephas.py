@@ -849,15 +849,15 @@ class SparkTrainer:
             self._elephas = averaged_model(self.model, self._job)
         images = self._images(epoch)
         for part in range(self._parts):
-            # Validation of the previous epoch has sent them.
-            parameters = self._parameters or self._send()
+            # Validation of the previous epoch has sent the first part's.
+            parameters = self._send() if part else self._parameters or self._send()
             with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
                 settings = {"epoch": epoch, "part": part, "parts": self._parts}
                 self._elephas.fit(images, settings=settings, parameters=parameters)
-            self._forget()
         if self._arguments.workers > 1:
             self._renew_statistics(images)
-            self._forget()
+        self._parameters.destroy()  # the model has changed
+        self._parameters = None
         if epoch < self._arguments.epochs:
             # Meanwhile the driver prepares validation and keeps a checkpoint.
             next_images = self._draw(epoch + 1)
@@ -904,17 +904,12 @@ class SparkTrainer:
 
         Otherwise 39 MB stay in the driver's temporary folder each time.
         """
-        self._forget()
+        if self._parameters:
+            self._parameters.destroy()
         # Pickled here: with spark.io.encryption.enabled PySpark cannot pickle arrays.
         parameters = pickle.dumps(values_of(state_of(self.model)))
         self._parameters = self._context.broadcast(parameters)
         return self._parameters
-
-    def _forget(self) -> None:
-        """Drop the broadcast: the model has changed since."""
-        if self._parameters:
-            self._parameters.destroy()
-        self._parameters = None
 
     def _images(self, epoch: int) -> RDD:
         """The training images as dealt for an epoch."""
