@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -236,7 +237,7 @@ class Small(NamedTuple):
 
 @pytest.fixture
 def small(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Small]:
-    """Call to make a Small on a device of so much memory, without XLA; splits: 27, 8, 10 images."""
+    """Call to make a Small on a device of so much memory; splits: 27, 8, 10 images."""
     import tensorflow as tf
 
     random = np.random.default_rng(0)
@@ -245,7 +246,7 @@ def small(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Small]:
     labels = (random.random((45, 15)) < 0.3).astype(np.float32)
     table = pd.DataFrame(labels, columns=xray_gpu.LABELS).assign(split=split)
 
-    def make(memory: int, *options: Any) -> Small:
+    def make(memory: int, *options: Any, xla: bool = False) -> Small:
         monkeypatch.setattr(xray_gpu, "gpu_memory", lambda: memory)
         keras.utils.set_random_seed(0)
         layers = [
@@ -257,7 +258,7 @@ def small(keras: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Small]:
             keras.layers.Dense(15, activation="sigmoid"),
         ]
         model = keras.Sequential([keras.Input((16, 16, 1), dtype="uint8"), *layers])
-        model.compile(keras.optimizers.Adam(1e-2), "binary_crossentropy", jit_compile=False)
+        model.compile(keras.optimizers.Adam(1e-2), "binary_crossentropy", jit_compile=xla)
         model.optimizer.build(model.trainable_variables)
         traces: list[tuple[str, Any]] = []
 
@@ -308,6 +309,58 @@ def test_small_pipelines_agree_over_a_resume(small: Callable[..., Small], tmp_pa
     assert resumed.trainer.fit_epoch(3) == pytest.approx(on_gpu.trainer.fit_epoch(3), abs=1e-6)
     unmirrored = small(LARGE)
     assert unmirrored.trainer.fit_epoch(1) != pytest.approx(losses[0][0], abs=1e-5)
+
+
+def test_xla_compiles_the_steps_that_gather_their_images(small: Callable[..., Small]) -> None:
+    plain, compiled = small(LARGE), small(LARGE, "--flip", xla=True)
+    scores = [each.trainer.predict("validation") for each in (plain, compiled)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert math.isfinite(compiled.trainer.fit_epoch(1))
+
+
+def has_gpu_kernel(node: Any) -> bool:
+    """Whether the installed TensorFlow has a kernel for a graph's `node` that runs on GPUs."""
+    from tensorflow.python.framework import kernels
+
+    def fits(kernel: Any) -> bool:
+        return kernel.device_type in ("GPU", "DEFAULT") and all(
+            set(node.attr[each.name].list.type or [node.attr[each.name].type])
+            <= set(each.allowed_values.list.type)
+            for each in kernel.constraint
+        )
+
+    return any(map(fits, kernels.get_registered_kernels_for_op(node.op).kernel))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only that wheel has GPU kernels")
+def test_every_operation_of_a_step_has_a_gpu_kernel(
+    policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorFlow runs an operation without one on the CPU, and copies its data in each step."""
+    import tensorflow as tf
+
+    monkeypatch.setattr(xray_gpu, "gpu_memory", lambda: LARGE)
+    policy("mixed_float16")
+    pixels = np.zeros((8, 32, 32), np.uint8)
+    table = pd.DataFrame(0.0, range(8), xray_gpu.LABELS)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        options = ["--image-size", 32, "--weights", "none"]
+        model = xray_gpu.build_cnn(parse(*options), table.to_numpy())
+        model.optimizer.build(model.trainable_variables)
+    xray_gpu.make_feed(model, pixels, table, 4, strategy)
+    for step in (model.train_step, model.predict_step):
+
+        @tf.function
+        def run(batch: Any, step: Callable = step) -> Any:
+            return strategy.run(step, (batch,))
+
+        graph = run.get_concrete_function(tf.TensorSpec((4, 2), tf.int32)).graph.as_graph_def()
+        called = {function.signature.name for function in graph.library.function}
+        nodes = [*graph.node, *(n for each in graph.library.function for n in each.node_def)]
+        assert len(nodes) > 500
+        lacking = {node.op for node in nodes if node.op not in called and not has_gpu_kernel(node)}
+        assert lacking <= {"Placeholder", "NoOp", "PartitionedCall", "StatefulPartitionedCall"}
 
 
 @pytest.mark.usefixtures("keras")
