@@ -97,7 +97,7 @@ import urllib.request
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
@@ -714,24 +714,30 @@ def chunks_of(
         yield np.array(rows), np.frombuffer(b"".join(images), np.uint8).reshape(-1, size, size)
 
 
-def dealt(chunks: RDD, order: np.ndarray, workers: int) -> RDD:
-    """Deal the images whose rows are in `order` to the workers in turn: chunks by worker."""
+def dealt(chunks: RDD, order: np.ndarray, workers: int, ends: Sequence[int] = ()) -> RDD:
+    """Deal the images whose rows are in `order` to the workers in turn: chunks by hand.
+
+    A worker's images are one hand for each part of an epoch: `ends` has the counts of its images at
+    which a further part begins. Hand part * workers + worker is the RDD's partition of that number.
+    """
     return (
-        chunks.mapPartitions(lambda items: sent(items, order, workers))
-        .partitionBy(workers, int)
+        chunks.mapPartitions(lambda items: sent(items, order, workers, ends))
+        .partitionBy(workers * (len(ends) + 1), int)
         .values()
     )
 
 
-def sent(chunks: Iterable[tuple], order: np.ndarray, workers: int) -> Iterator[tuple]:
-    """(worker, chunk) of the images in `chunks` that `order` deals."""
-    turns = pd.Series(np.arange(len(order)) % workers, order)
+def sent(
+    chunks: Iterable[tuple], order: np.ndarray, workers: int, ends: Sequence[int] = ()
+) -> Iterator[tuple]:
+    """(hand, chunk) of the images in `chunks` that `order` deals."""
+    turns, worker = np.divmod(np.arange(len(order)), workers)
+    hands = pd.Series(np.searchsorted(ends, turns, side="right") * workers + worker, order)
     for rows, pixels in chunks:
-        worker_of = turns.reindex(rows, fill_value=-1).to_numpy()
-        for worker in range(workers):
-            chosen = worker_of == worker
-            if chosen.any():
-                yield worker, (rows[chosen], pixels[chosen])
+        hand_of = hands.reindex(rows, fill_value=-1).to_numpy()
+        for hand in np.unique(hand_of[hand_of >= 0]):
+            chosen = hand_of == hand
+            yield hand, (rows[chosen], pixels[chosen])
 
 
 def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -746,10 +752,10 @@ def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
 
 # ==== training with Elephas ====
 
-# Of each worker, for the statistics of batch normalisation: 2 workers of 32 a batch see 640 images.
+# Per worker, for the statistics of batch normalisation: 640 images with 2 workers, batch size 32.
 STATISTICS_BATCHES = 10
-# Steps after which workers are averaged, at most: the longer they train alone, the worse their mean
-# fits. ChestX-ray14 takes 8 workers 5 parts an epoch.
+# The most steps between two averages: the longer workers train alone, the worse their mean fits.
+# With 8 workers an epoch of ChestX-ray14 has 5 parts.
 STEPS_ALONE = 64
 
 
@@ -828,16 +834,18 @@ class SparkTrainer:
         # Synchronous mode averages Adam's state with the weights. Elephas alone would reset it in
         # each fit, and state kept in a worker would be lost with the worker, and to --resume.
         model.optimizer.build(model.trainable_variables)
-        self._parts = 1
+        ends: Sequence[int] = ()
         workers = arguments.workers
         if arguments.mode == SYNCHRONOUS and workers > 1:
             # The mean of N workers' steps has the noise of an N-fold batch, for which Adam's rate
             # is sqrt(N) times as high: Malladi et al., NeurIPS 2022, arXiv:2205.10287.
             model.optimizer.learning_rate = arguments.learning_rate * workers**0.5
             steps = math.ceil(len(self._train) / workers / arguments.batch_size)
-            self._parts = math.ceil(steps / STEPS_ALONE)
+            parts = math.ceil(steps / STEPS_ALONE)
+            ends = [steps * part // parts * arguments.batch_size for part in range(1, parts)]
         labels = context.broadcast(pickle.dumps(table[LABELS].to_numpy(np.float32)))
-        self._job = Job(model.to_json(), task_cores(context), labels, len(self._train), arguments)
+        images = len(self._train)
+        self._job = Job(model.to_json(), task_cores(context), labels, images, ends, arguments)
         self._elephas: Any = None
         self._parameters: Any = None  # a Broadcast
         self._dealt: tuple[RDD, AsyncResult] | None = None
@@ -848,12 +856,12 @@ class SparkTrainer:
         if self._elephas is None:
             self._elephas = averaged_model(self.model, self._job)
         images = self._images(epoch)
-        for part in range(self._parts):
+        parts = len(self._job.ends) + 1
+        for part in range(parts):
             # Validation of the previous epoch has sent the first part's.
             parameters = self._send() if part else self._parameters or self._send()
             with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
-                settings = {"epoch": epoch, "part": part, "parts": self._parts}
-                self._elephas.fit(images, settings=settings, parameters=parameters)
+                self._elephas.fit(images, epoch=epoch, part=part, parameters=parameters)
         if self._arguments.workers > 1:
             self._renew_statistics(images)
         self._parameters.destroy()  # the model has changed
@@ -862,7 +870,7 @@ class SparkTrainer:
             # Meanwhile the driver prepares validation and keeps a checkpoint.
             next_images = self._draw(epoch + 1)
             self._dealt = next_images, self._background.apply_async(next_images.count)
-        histories = self._elephas.training_histories[-self._parts * self._arguments.workers :]
+        histories = self._elephas.training_histories[-parts * self._arguments.workers :]
         return np.mean([history["loss"][0] for history in histories])
 
     def _renew_statistics(self, images: RDD) -> None:
@@ -872,8 +880,8 @@ class SparkTrainer:
         mend it: Izmailov et al., UAI 2018, arXiv:1803.05407, section 3.2.
         """
         job, parameters = self._job, self._send()
-        outcomes = images.mapPartitions(lambda items: statistics_of(items, job, parameters))
-        means = [np.mean(arrays, axis=0) for arrays in zip(*outcomes.collect())]
+        outcomes = of_part(images, 0, job, lambda items: statistics_of(items, job, parameters))
+        means = [np.mean(arrays, axis=0) for arrays in zip(*outcomes)]
         assign(self.model.non_trainable_weights, means)
 
     def fit_asynchronously(self, first: int, keep: Callable[["Snapshot"], None]) -> None:
@@ -925,7 +933,8 @@ class SparkTrainer:
         Workers that always see the same images converge later, to a worse model.
         """
         random = np.random.default_rng([self._arguments.seed, epoch])
-        return dealt(self._data["train"], random.permutation(self._train), self._arguments.workers)
+        order = random.permutation(self._train)
+        return dealt(self._data["train"], order, self._arguments.workers, self._job.ends)
 
 
 class Job(NamedTuple):
@@ -935,7 +944,15 @@ class Job(NamedTuple):
     cores: int
     labels: Broadcast  # float32 (n, 15), of all rows of the table
     images: int  # to train on, of all workers
+    ends: Sequence[int]  # as dealt() takes them
     arguments: argparse.Namespace
+
+
+def of_part(images: RDD, part: int, job: Job, run: Callable[[Iterator[tuple]], Iterator]) -> list:
+    """What `run` yields for each worker's hand of a part; the other parts are not read."""
+    workers = job.arguments.workers
+    hands = range(part * workers, (part + 1) * workers)
+    return images.context.runJob(images, run, list(hands))
 
 
 def kept_model(job: Job) -> Any:
@@ -982,7 +999,7 @@ def all_finite(arrays: list[np.ndarray]) -> bool:
 
 
 class Share:
-    """A worker's share of the training images, in its memory.
+    """The images that a worker trains on in one part of an epoch, in its memory.
 
     Raises RuntimeError if images are missing: after a loss Spark reads them from the cache or from
     S3 again, which may fail.
@@ -990,31 +1007,30 @@ class Share:
 
     def __init__(self, items: Iterator[tuple], job: Job) -> None:
         self._rows, self._pixels = joined(items, job.arguments.image_size)
-        turns = range(TaskContext.get().partitionId(), job.images, job.arguments.workers)
-        if len(self._rows) != len(turns):
+        part, worker = divmod(TaskContext.get().partitionId(), job.arguments.workers)
+        turns = range(worker, job.images, job.arguments.workers)
+        first, last = [0, *job.ends, len(turns)][part : part + 2]
+        if len(self._rows) != last - first:
             raise RuntimeError(LOST)
         self._labels = pickle.loads(job.labels.value)
         self._arguments = job.arguments
 
-    def fit(self, model: Any, epoch: int, part: int = 0, parts: int = 1) -> dict[str, list[float]]:
-        """Train one of `parts` equal parts of an epoch, counted from 0; its Keras history."""
-        # Order, flips and dropout depend only on seed, epoch and worker: a resumed run draws the
-        # same as an unbroken one.
+    def fit(self, model: Any, epoch: int) -> dict[str, list[float]]:
+        """Train on these images once; Keras' history."""
+        # Order, flips and dropout depend only on seed, epoch and hand: a resumed run draws the same
+        # as an unbroken one.
         random = np.random.default_rng(
             [self._arguments.seed, epoch, TaskContext.get().partitionId()]
         )
-        seeds = random.integers(2**31, size=(parts, 2))
-        model.get_layer("dropout").seed_generator.state.assign(seeds[part])
-        size = self._arguments.batch_size
-        steps = math.ceil(len(self._rows) / size)
-        first, last = (steps * end // parts * size for end in (part, part + 1))
-        order = random.permutation(len(self._rows))[first:last]
+        seeds = random.integers(2**31, size=2)
+        model.get_layer("dropout").seed_generator.state.assign(seeds)
+        order = random.permutation(len(self._rows))
         flips = draw_flips(self._arguments, epoch, len(self._labels))
         data = batches(
             self._pixels,
             self._labels[self._rows],
             order,
-            size,
+            self._arguments.batch_size,
             None if flips is None else flips[self._rows],
         )
         return model.fit(data, epochs=1, shuffle=False, verbose=0).history
@@ -1061,20 +1077,21 @@ def averaged_model(model: Any, job: Job) -> Any:
     from elephas.worker import SparkWorker
 
     class KeptWorker(SparkWorker):
-        def __init__(self, parameters: Broadcast, settings: dict[str, int]) -> None:
-            super().__init__(job.model_json, parameters, settings, None, None, None, None)
+        def __init__(self, parameters: Broadcast, epoch: int) -> None:
+            super().__init__(job.model_json, parameters, {}, None, None, None, None)
+            self.epoch = epoch
 
         def train(self, data_iterator: Iterator[tuple]) -> Iterator[list]:
             share = Share(data_iterator, job)
             self.model = kept_model(job)
             values = pickle.loads(self.parameters.value)
             assign(state_of(self.model), values)
-            history = share.fit(self.model, **self.train_config)
+            history = share.fit(self.model, self.epoch)
             yield [subtract_params(values, values_of(state_of(self.model))), history]
 
     class AveragedModel(SparkModel):
-        def _fit(self, rdd: RDD, settings: dict[str, int], parameters: Broadcast) -> None:
-            outcomes = rdd.mapPartitions(KeptWorker(parameters, settings).train).collect()
+        def _fit(self, rdd: RDD, epoch: int, part: int, parameters: Broadcast) -> None:
+            outcomes = of_part(rdd, part, job, KeptWorker(parameters, epoch).train)
             self.training_histories.extend(history for _, history in outcomes)
             changes = [change for change, _ in outcomes]
             assign(state_of(model), average_and_subtract(values_of(state_of(model)), changes))

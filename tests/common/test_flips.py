@@ -104,9 +104,9 @@ class TestBatches:
 
 @pytest.mark.usefixtures("keras")
 def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker has some of the table's rows, in any order, and draws flips by row.
+    """Three workers draw flips by the table's rows, whichever rows they have.
 
-    It trains them in two parts, whose batches are full but for the epoch's last.
+    They train in two parts, whose batches are full but for the epoch's last.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (30, 9, 9), np.uint8)
     labels = np.zeros((30, 15), np.float32)
@@ -116,7 +116,7 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     arguments.image_size = 9
     arguments.workers = 3
     sent = SimpleNamespace(value=pickle.dumps(labels))
-    job = SimpleNamespace(labels=sent, images=30, arguments=arguments)
+    job = SimpleNamespace(labels=sent, images=30, ends=[4], arguments=arguments)
     seen: list[int] = []
     sizes: list[int] = []
 
@@ -131,16 +131,17 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     state = SimpleNamespace(assign=lambda seeds: None)
     layer = SimpleNamespace(seed_generator=SimpleNamespace(state=state))
     model = SimpleNamespace(get_layer=lambda name: layer, fit=fit)
-    for worker, rows in enumerate(np.array_split(np.random.default_rng(1).permutation(30), 3)):
-        task = SimpleNamespace(partitionId=lambda worker=worker: worker)
+    order = np.random.default_rng(1).permutation(30)
+    hands = dict(xray_elephas.sent([(np.arange(30), pixels)], order, 3, job.ends))
+    assert sorted(hands) == list(range(6))
+    for hand, chunk in sorted(hands.items()):
+        task = SimpleNamespace(partitionId=lambda hand=hand: hand)
         monkeypatch.setattr(
             xray_elephas, "TaskContext", SimpleNamespace(get=lambda task=task: task)
         )
-        share = xray_elephas.Share(iter([(rows, pixels[rows])]), job)
-        for part in range(2):
-            share.fit(model, 2, part, parts=2)
+        xray_elephas.Share(iter([chunk]), job).fit(model, 2)
     assert sorted(seen) == list(range(30))
-    assert sizes == [4, 4, 2] * 3
+    assert sizes == [4] * 3 + [4, 2] * 3
 
 
 @pytest.mark.slow
