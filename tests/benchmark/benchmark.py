@@ -415,7 +415,7 @@ def run_whole(
             Path(sys.executable).with_name("spark-submit"),
             *("--master", master or f"local-cluster[{workers},1,1024]"),
             # A small heap for two workers: Java's memory is what it needs, not garbage.
-            *("--driver-memory", "2g" if master else "512m"),
+            *("--driver-memory", "2g" if master or workers > 2 else "512m"),
             command[1],
         ]
     command += ["--weights", "none", *options, "--output", output]
