@@ -97,7 +97,7 @@ import urllib.request
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
@@ -714,30 +714,24 @@ def chunks_of(
         yield np.array(rows), np.frombuffer(b"".join(images), np.uint8).reshape(-1, size, size)
 
 
-def dealt(chunks: RDD, order: np.ndarray, workers: int, ends: Sequence[int] = ()) -> RDD:
-    """Deal the images whose rows are in `order` to the workers in turn: chunks by hand.
-
-    A worker's images are one hand for each part of an epoch: `ends` has the counts of its images at
-    which a further part begins. Hand part * workers + worker is the RDD's partition of that number.
-    """
+def dealt(chunks: RDD, order: np.ndarray, hands: int) -> RDD:
+    """Deal the images whose rows are in `order` to the hands in turn: chunks by hand."""
     return (
-        chunks.mapPartitions(lambda items: sent(items, order, workers, ends))
-        .partitionBy(workers * (len(ends) + 1), int)
+        chunks.mapPartitions(lambda items: sent(items, order, hands))
+        .partitionBy(hands, int)
         .values()
     )
 
 
-def sent(
-    chunks: Iterable[tuple], order: np.ndarray, workers: int, ends: Sequence[int] = ()
-) -> Iterator[tuple]:
+def sent(chunks: Iterable[tuple], order: np.ndarray, hands: int) -> Iterator[tuple]:
     """(hand, chunk) of the images in `chunks` that `order` deals."""
-    turns, worker = np.divmod(np.arange(len(order)), workers)
-    hands = pd.Series(np.searchsorted(ends, turns, side="right") * workers + worker, order)
+    turns = pd.Series(np.arange(len(order)) % hands, order)
     for rows, pixels in chunks:
-        hand_of = hands.reindex(rows, fill_value=-1).to_numpy()
-        for hand in np.unique(hand_of[hand_of >= 0]):
+        hand_of = turns.reindex(rows, fill_value=-1).to_numpy()
+        for hand in range(hands):
             chosen = hand_of == hand
-            yield hand, (rows[chosen], pixels[chosen])
+            if chosen.any():
+                yield hand, (rows[chosen], pixels[chosen])
 
 
 def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -834,18 +828,17 @@ class SparkTrainer:
         # Synchronous mode averages Adam's state with the weights. Elephas alone would reset it in
         # each fit, and state kept in a worker would be lost with the worker, and to --resume.
         model.optimizer.build(model.trainable_variables)
-        ends: Sequence[int] = ()
+        self._parts = 1
         workers = arguments.workers
         if arguments.mode == SYNCHRONOUS and workers > 1:
             # The mean of N workers' steps has the noise of an N-fold batch, for which Adam's rate
             # is sqrt(N) times as high: Malladi et al., NeurIPS 2022, arXiv:2205.10287.
             model.optimizer.learning_rate = arguments.learning_rate * workers**0.5
             steps = math.ceil(len(self._train) / workers / arguments.batch_size)
-            parts = math.ceil(steps / STEPS_ALONE)
-            ends = [steps * part // parts * arguments.batch_size for part in range(1, parts)]
+            self._parts = math.ceil(steps / STEPS_ALONE)
         labels = context.broadcast(pickle.dumps(table[LABELS].to_numpy(np.float32)))
-        images = len(self._train)
-        self._job = Job(model.to_json(), task_cores(context), labels, images, ends, arguments)
+        images, hands = len(self._train), workers * self._parts
+        self._job = Job(model.to_json(), task_cores(context), labels, images, hands, arguments)
         self._elephas: Any = None
         self._parameters: Any = None  # a Broadcast
         self._dealt: tuple[RDD, AsyncResult] | None = None
@@ -856,8 +849,7 @@ class SparkTrainer:
         if self._elephas is None:
             self._elephas = averaged_model(self.model, self._job)
         images = self._images(epoch)
-        parts = len(self._job.ends) + 1
-        for part in range(parts):
+        for part in range(self._parts):
             # Validation of the previous epoch has sent the first part's.
             parameters = self._send() if part else self._parameters or self._send()
             with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
@@ -870,7 +862,7 @@ class SparkTrainer:
             # Meanwhile the driver prepares validation and keeps a checkpoint.
             next_images = self._draw(epoch + 1)
             self._dealt = next_images, self._background.apply_async(next_images.count)
-        histories = self._elephas.training_histories[-parts * self._arguments.workers :]
+        histories = self._elephas.training_histories[-self._job.hands :]
         return np.mean([history["loss"][0] for history in histories])
 
     def _renew_statistics(self, images: RDD) -> None:
@@ -933,8 +925,7 @@ class SparkTrainer:
         Workers that always see the same images converge later, to a worse model.
         """
         random = np.random.default_rng([self._arguments.seed, epoch])
-        order = random.permutation(self._train)
-        return dealt(self._data["train"], order, self._arguments.workers, self._job.ends)
+        return dealt(self._data["train"], random.permutation(self._train), self._job.hands)
 
 
 class Job(NamedTuple):
@@ -944,7 +935,7 @@ class Job(NamedTuple):
     cores: int
     labels: Broadcast  # float32 (n, 15), of all rows of the table
     images: int  # to train on, of all workers
-    ends: Sequence[int]  # as dealt() takes them
+    hands: int  # that they are dealt to: one for each worker in each part of an epoch
     arguments: argparse.Namespace
 
 
@@ -1007,10 +998,8 @@ class Share:
 
     def __init__(self, items: Iterator[tuple], job: Job) -> None:
         self._rows, self._pixels = joined(items, job.arguments.image_size)
-        part, worker = divmod(TaskContext.get().partitionId(), job.arguments.workers)
-        turns = range(worker, job.images, job.arguments.workers)
-        first, last = [0, *job.ends, len(turns)][part : part + 2]
-        if len(self._rows) != last - first:
+        turns = range(TaskContext.get().partitionId(), job.images, job.hands)
+        if len(self._rows) != len(turns):
             raise RuntimeError(LOST)
         self._labels = pickle.loads(job.labels.value)
         self._arguments = job.arguments

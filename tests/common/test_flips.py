@@ -106,7 +106,7 @@ class TestBatches:
 def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three workers draw flips by the table's rows, whichever rows they have.
 
-    They train in two parts, whose batches are full but for the epoch's last.
+    They train in two parts, each image once.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (30, 9, 9), np.uint8)
     labels = np.zeros((30, 15), np.float32)
@@ -116,7 +116,7 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     arguments.image_size = 9
     arguments.workers = 3
     sent = SimpleNamespace(value=pickle.dumps(labels))
-    job = SimpleNamespace(labels=sent, images=30, ends=[4], arguments=arguments)
+    job = SimpleNamespace(labels=sent, images=30, hands=6, arguments=arguments)
     seen: list[int] = []
     sizes: list[int] = []
 
@@ -132,7 +132,7 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     layer = SimpleNamespace(seed_generator=SimpleNamespace(state=state))
     model = SimpleNamespace(get_layer=lambda name: layer, fit=fit)
     order = np.random.default_rng(1).permutation(30)
-    hands = dict(xray_elephas.sent([(np.arange(30), pixels)], order, 3, job.ends))
+    hands = dict(xray_elephas.sent([(np.arange(30), pixels)], order, job.hands))
     assert sorted(hands) == list(range(6))
     for hand, chunk in sorted(hands.items()):
         task = SimpleNamespace(partitionId=lambda hand=hand: hand)
@@ -141,7 +141,7 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
         )
         xray_elephas.Share(iter([chunk]), job).fit(model, 2)
     assert sorted(seen) == list(range(30))
-    assert sizes == [4] * 3 + [4, 2] * 3
+    assert sizes == [4, 1] * 6
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import csv
 import functools
-import itertools
 import json
 import os
 import pickle
@@ -875,22 +874,19 @@ def test_records_become_chunks_of_the_images_that_the_table_has(
     assert [len(array) for array in xray.joined(iter([]), 4)] == [0, 0]
 
 
-@pytest.mark.parametrize("ends", [[], [6], [4, 12]])
-def test_each_image_comes_to_the_worker_whose_turn_it_is(ends: list[int]) -> None:
-    """Whichever executors held them; with further parts after `ends` of a worker's images."""
+def test_each_image_comes_to_the_hand_whose_turn_it_is() -> None:
+    """Whichever executors held them."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (100, 4, 4), np.uint8)
     order = random.permutation(np.flatnonzero(np.arange(100) % 3 > 0))
     came: dict[int, list] = {}
     for rows in np.array_split(random.permutation(100), 7):
-        for hand, chunk in xray.sent([(rows, pixels[rows])], order, 4, ends):
+        for hand, chunk in xray.sent([(rows, pixels[rows])], order, 4):
             came.setdefault(hand, []).append(chunk)
-    for part, (first, last) in enumerate(itertools.pairwise([0, *ends, None])):
-        for worker in range(4):
-            rows, images = xray.joined(came.pop(4 * part + worker), 4)
-            assert rows.tolist() == sorted(order[worker::4][first:last])
-            assert np.array_equal(images, pixels[rows])
-    assert not came
+    for hand in range(4):
+        rows, images = xray.joined(came[hand], 4)
+        assert rows.tolist() == sorted(order[hand::4])
+        assert np.array_equal(images, pixels[rows])
 
 
 def test_unreadable_images_are_marked_in_a_new_table(capsys: pytest.CaptureFixture) -> None:
@@ -1080,7 +1076,7 @@ def test_statistics_are_the_means_of_a_workers_batches(
     task = types.SimpleNamespace(partitionId=lambda: 0)
     monkeypatch.setattr(xray, "TaskContext", types.SimpleNamespace(get=lambda: task))
     labels = types.SimpleNamespace(value=pickle.dumps(np.zeros((30, 15), np.float32)))
-    job = types.SimpleNamespace(labels=labels, images=30, ends=[], arguments=arguments)
+    job = types.SimpleNamespace(labels=labels, images=30, hands=1, arguments=arguments)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32), np.uint8)
     model = xray.build_cnn(arguments, np.zeros((30, 15), np.float32))
     trained = [variable.numpy() for variable in model.trainable_weights]
