@@ -163,6 +163,7 @@ def test_an_expired_token_is_one_line_and_a_fresh_one_goes_on(
     assert_right(cached_pixels(tmp_path), right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
 )
@@ -195,6 +196,7 @@ BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_traceback_of_a_bug_shows_no_secret(
     credentials: Path, tmp_path: Path, bug: str

@@ -36,10 +36,6 @@ MOST = 30  # at least the number of files and objects an unbroken run changes
 EVENTS = range(1, MOST + 1)
 ALL = {"image": IMAGES, "batch": BATCHES, "byte": BYTES, "event": EVENTS}
 MOMENTS = [(kind, n) for kind, counts in ALL.items() for n in counts]
-FAST = {("image", 137)}
-MARKED = [
-    pytest.param(moment, marks=[] if moment in FAST else pytest.mark.slow) for moment in MOMENTS
-]
 
 
 class Unbroken(NamedTuple):
@@ -124,7 +120,8 @@ def events(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> int:
     return count_moments("event", [*unbroken.options, "--output", folder / "run"], folder)
 
 
-@pytest.mark.parametrize("moment", MARKED, ids="{0[0]} {0[1]}".format)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS, ids="{0[0]} {0[1]}".format)
 def test_a_killed_run_ends_as_an_unbroken_one(
     unbroken: Unbroken, events: int, tmp_path: Path, moment: victim.Moment
 ) -> None:

@@ -141,6 +141,7 @@ def import_keras(folder: Path, program: str, **environment: str) -> Any:
     return run_process(command, cwd=folder)
 
 
+@pytest.mark.slow
 def test_keras_and_matplotlib_have_the_scripts_settings(tmp_path: Path) -> None:
     (tmp_path / "keras.json").write_text(
         '{"floatx": "float16", "image_data_format": "channels_first", "epsilon": 0.1, "backend": "jax"}'

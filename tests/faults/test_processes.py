@@ -128,6 +128,7 @@ def ingest(folder: Path, endpoint: str, *options: Any, script: Path = ROOT) -> I
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_processes_fetch_what_one_does(tmp_path: Path) -> None:
     with static_s3(bucket_of(1500), 0) as endpoint:
         with ingest(tmp_path, endpoint) as running:
@@ -212,6 +213,7 @@ def test_ctrl_c_while_the_processes_start(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
     with static_s3(bucket_of(6000), 0) as endpoint, ingest(tmp_path, endpoint) as running:
         running.wait_for(lambda: running.stored() > 100)
