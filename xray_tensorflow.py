@@ -52,6 +52,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import queue
 import re
@@ -298,15 +299,22 @@ def start_processes(
     """Start a process for each share of the keys; return the processes by their pipes."""
     context = multiprocessing.get_context("spawn")  # fork breaks TensorFlow's threads and CUDA
     processes = {}
-    # Ctrl-C reaches all processes of a terminal. These inherit to ignore it: this one ends them.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches all processes of a terminal. These inherit a mask that blocks it: this one ends
+    # them, once all have started. NumPy's threads do not block it, so a handler must remember it.
+    pressed = threading.Event()
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    multiprocessing.resource_tracker.ensure_running()  # which unblocks it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     for share in shares:
         pipe, its_end = context.Pipe(duplex=False)
         work = (its_end, credentials, bucket, share, size)
         processes[pipe] = context.Process(target=send_images, args=work, daemon=True)
         processes[pipe].start()
         its_end.close()  # now only the process has it: the pipe ends with it
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     signal.signal(signal.SIGINT, handler)
+    if pressed.is_set():
+        raise KeyboardInterrupt  # the processes are daemons: multiprocessing ends them at exit
     return processes
 
 
