@@ -736,7 +736,7 @@ def growth() -> str:
             words = [*options, "--limit", count, "--cache", folder / f"cache-{count}"]
             result = run_whole("xray_tensorflow.py", words, folder / f"run-{count}")
             ingest[count / 1000] = result["ingest"]["seconds"]
-            limit = 1.2 * count * 128**2 / 1e6 + 2000
+            limit = count * 128**2 / 1e6 + 1700
             memory.append(
                 (f"{count:,}", f"{result['peak_memory_mb']['driver']:,}", f"{limit:,.0f}")
             )
@@ -764,7 +764,7 @@ def growth() -> str:
         ),
         growth_table("workers", "seconds of an epoch beyond training", overhead, lines[2]),
         table(
-            "images of 128 pixels | peak memory of xray_tensorflow.py, MB | 1.2 x pixels + 2 GB",
+            "images of 128 pixels | peak memory of xray_tensorflow.py, MB | 1.7 GB + a byte per pixel",
             memory,
         ),
         held_against(one, two, *lines),
