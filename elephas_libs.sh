@@ -82,8 +82,7 @@ fi
 versions | grep -Ev "^($leave_out)==" >"$list"
 elephas=$(versions | grep '^elephas==')
 
-# As variables, since old versions of pip ignore those they don't know. Debian's Python needs the first, and keeps its
-# own packages.
+# As variables, since old versions of pip ignore those they don't know. Debian's Python needs the first.
 pip=(env PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
     "$python" -m pip install --disable-pip-version-check --no-cache-dir --quiet)
 # pip cannot replace the system's packages ("Cannot uninstall …, RECORD file not found"): then install beside them.
@@ -102,7 +101,7 @@ if importlib.util.find_spec("pyspark"):
     import elephas.spark_model
     print("pyspark", importlib.import_module("pyspark").__version__)
 else:
-    print("pyspark: comes with the cluster's Spark")  # which elephas imports
+    print("pyspark: comes with the cluster's Spark")  # elephas needs it
 print("python", sys.version.split()[0], "at", sys.executable)
 for name in ("elephas", "tensorflow", "keras", "numpy", "boto3"):
     print(name, importlib.metadata.version(name))

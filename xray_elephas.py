@@ -6,12 +6,12 @@
     spark-submit --num-executors 2 --executor-cores 4 --driver-memory 5G xray_elephas.py
     python xray_elephas.py                       on all cores of this machine
 
-This file is all you submit. Executors fetch and decode the images and keep their pixels; the driver
-lists the bucket and gets only 15 probabilities for each image. Run folder, result line and --resume
-work as in xray_tensorflow.py. spark-submit itself sends what the script writes to stderr to stdout.
-`--cache` is a folder or a URI (hdfs:, s3a:, file:) for the decoded pixels. To try it without a
-bucket: `python tests/sample_bucket.py xray_elephas.py`. In cluster mode YARN deletes the driver's
-container at the end and restarts a failed run, so keep the run folder on S3:
+The script is self-contained. Executors fetch and decode the images and keep their pixels; the
+driver lists the bucket and never holds a pixel. Run folder, result line and --resume work as in
+xray_tensorflow.py. spark-submit itself sends what the script writes to stderr to stdout. `--cache`
+is a folder or a URI (hdfs:, s3a:, file:) for the decoded pixels. To try it without a bucket:
+`python tests/sample_bucket.py xray_elephas.py`. In cluster mode YARN deletes the driver's container
+at the end and restarts a failed run, so keep the run folder on S3:
 
     spark-submit --deploy-mode cluster --files credentials.yml \
         --num-executors 2 --executor-cores 4 --driver-memory 5G \
@@ -19,18 +19,18 @@ container at the end and restarts a failed run, so keep the run folder on S3:
         xray_elephas.py --output s3://BUCKET/PREFIX
 
 Its siblings: xray_tensorflow.py trains on one CPU thread, xray_gpu.py on GPUs. The code for the
-target comes first; data, split, CNN, metrics and clock follow, the same code in all three. Each task
-slot trains a copy of the model on its share of the images, through Elephas:
-- synchronous (default): the copies and their Adam states are averaged after each epoch, and within
-  it at least every 64 steps. Each epoch deals the images anew. The learning rate is --learning-rate
-  times the square root of the number of workers. A lost executor costs only time: two runs with as
-  many workers agree, except for rounding.
-- asynchronous, hogwild: no copy waits for another. A server in the driver holds the weights, and
-  each copy adds its part of an epoch's change; hogwild's server lets changes overwrite each other.
-  An epoch's weights are kept when all copies have finished it, and validated after the last epoch.
-  A lost executor ends the run, since a repeated task would add its changes twice; --resume continues
-  from the last kept epoch, with Adam starting anew. The server requires a key that the run makes,
-  but its traffic is not encrypted: use a private network.
+target comes first; data, split, CNN, metrics and clock follow, the same code in all three. A worker
+per task slot trains its copy of the model on its share of the images, through Elephas:
+- synchronous (default): weights and Adam's state are averaged after each epoch, and within it at
+  least every 64 steps. Each epoch deals the images anew. The learning rate is --learning-rate times
+  the square root of the number of workers. A lost executor costs only time: runs with the same
+  number of workers agree, except for rounding.
+- asynchronous, hogwild: no worker waits for another. A server on the driver's host has the weights;
+  each worker adds 1/N of its epoch's change; hogwild's server lets changes overwrite each other. An
+  epoch's weights are kept when all workers have finished it, and validated after the last epoch.
+  A lost executor ends the run, since a repeated task would add its changes twice; --resume
+  continues from the last kept epoch, with Adam starting anew. The server requires a key that the
+  run makes, but its traffic is not encrypted: use a private network.
 Spark settings that you name override the script's, except for those in REQUIRED.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
@@ -133,10 +133,10 @@ from pyspark.sql import DataFrame, SparkSession
 SYNCHRONOUS = "synchronous"
 MODES = [SYNCHRONOUS, "asynchronous", "hogwild"]
 REPEATED = "a task of an asynchronous mode began again"
-DIVERGED = "the loss is not a number"
-LOST = "images were lost as Spark made an executor's share anew"
+DIVERGED = "the loss is not finite"
+LOST = "images are missing after Spark rebuilt a lost executor's share"
 LOST_FIX = (
-    f"{LOST}, from the cache or from S3: run again with --resume and this run's --output; if that "
+    f"{LOST} from the cache or S3: run again with --resume and this run's --output; if that "
     "fails too, delete the --cache"
 )
 
@@ -180,9 +180,9 @@ def elephas_parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__, cache=str)  # or a URI that Hadoop knows
     add = parser.add_argument
     add("--mode", choices=MODES, default=SYNCHRONOUS, help="how Elephas trains [%(default)s]")
-    add("--workers", metavar="N", type=number(int, 1), help="models that train [one a task slot]")
+    add("--workers", metavar="N", type=number(int, 1), help="workers to train [one per task slot]")
     port = number(int, 1, 65535)
-    of_server = "of the asynchronous modes' server [%(default)s]"
+    of_server = "port of the asynchronous modes' server [%(default)s]"
     add("--port", metavar="N", type=port, default=4000, help=of_server)
     return parser
 
@@ -379,7 +379,7 @@ def spark_error(error: Exception, mode: str) -> Exception:
     """Turn what Spark, its Java or the cluster raised into a UserError; return bugs unchanged."""
     if isinstance(error, UserError):
         return error
-    resume = "--resume with this run's --output continues after the last kept epoch"
+    resume = "if an epoch was kept, --resume with this run's --output continues after it"
     try:
         SparkContext._jvm.System.nanoTime()
         text = str(error)  # asks Java for its own exceptions
@@ -388,7 +388,7 @@ def spark_error(error: Exception, mode: str) -> Exception:
     # PySpark turns a full disk into a PicklingError.
     if not isinstance(error, (Py4JError, PySparkException, pickle.PicklingError)):
         return error
-    executor_lost = "give it more spark.executor.memoryOverhead or spark.executor.memory"
+    executor_lost = "raise spark.executor.memoryOverhead or spark.executor.memory"
     if mode != SYNCHRONOUS:
         executor_lost += f", and {resume}, or use --mode {SYNCHRONOUS}"
     known = {
@@ -401,8 +401,8 @@ def spark_error(error: Exception, mode: str) -> Exception:
         "another --cache",
         LOST: LOST_FIX,
         DIVERGED: f"{DIVERGED}: use a smaller --learning-rate",
-        f"ExecutorLostFailure|FetchFailed|Python worker exited|{REPEATED}": "an executor was lost, "
-        f"or its Python, with its work: {executor_lost}",
+        f"ExecutorLostFailure|FetchFailed|Python worker exited|{REPEATED}": "an executor or its "
+        f"Python process died: {executor_lost}",
     }
     lines = [line for pattern, line in known.items() if re.search(pattern, text)]
     if lines:
@@ -433,7 +433,7 @@ def first_line(error: Exception) -> str:
 
 
 def ready_slots(context: SparkContext, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Count executors and task slots, and check that they and the server's port can train."""
+    """Count executors and task slots; check the server's port and the hosts' packages."""
     executors, slots = count_slots(context)
     if arguments.mode != SYNCHRONOUS:
         claim_port(context, arguments.port)
@@ -508,7 +508,7 @@ def warm_up(context: SparkContext, slots: int) -> None:
 def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int) -> int:
     """The number of workers: those requested or `slots`, each with more images than a batch.
 
-    Elephas does not train a worker with fewer. Raises UserError if even one has too few.
+    `Share.statistics` needs a full batch. Raises UserError if even one has too few.
     """
     batch_size = arguments.batch_size
     wanted = arguments.workers or slots
@@ -518,7 +518,7 @@ def count_workers(table: pd.DataFrame, arguments: argparse.Namespace, slots: int
         problem = f"{images} training images are too few for --batch-size {batch_size}"
         raise UserError(f"{problem}: use a smaller one")
     if possible < wanted:
-        reason = f"{images} training images are no more than --batch-size {batch_size} for each"
+        reason = f"each needs more than --batch-size {batch_size} of the {images} training images"
         print(f"warning: {possible} workers, not {wanted}: {reason}", file=sys.stderr)
     return min(wanted, possible)
 
@@ -558,7 +558,7 @@ def task_cores(context: SparkContext) -> int:
 RECORD = "key string, etag string, pixels binary"
 CHUNK_BYTES = 2**24
 TASK = 250  # images that a task fetches, then stores in one file
-ROUND = 2000  # images a task slot, after which the driver counts unreadable ones
+ROUND = 2000  # images per task slot between the driver's checks for unreadable ones
 
 
 def ingest_on_executors(
@@ -579,7 +579,7 @@ def ingest_on_executors(
     cached = row_of.keys() & cache.entries()
     missing = [(row, *entry) for entry, row in row_of.items() if entry not in cached]
     counts = f"{len(cached):,} in the cache, {len(missing):,} to fetch"
-    print(f"{len(table):,} radiographs: {counts}", flush=True)
+    print(f"{len(table):,} images: {counts}", flush=True)
     unreadable = context.accumulator([], AddingAccumulatorParam([]))
     failures = context.accumulator([], AddingAccumulatorParam([]))
     fetching = (credentials, arguments, unreadable, failures)
@@ -590,16 +590,17 @@ def ingest_on_executors(
         if failures.value:
             raise UserError(failures.value[0])
         check_skipped(dict(unreadable.value), table, arguments.max_skipped)
-    table = leave_out(dict(unreadable.value), table, arguments)
+    table = leave_out(dict(unreadable.value), table, arguments.batch_size)
+    check_shares(table, arguments)
     chunks = cache.read().mapPartitions(lambda items: chunks_of(items, row_of, arguments))
     chunks.persist(StorageLevel.MEMORY_AND_DISK)
     data = {"train": chunks}  # each epoch deals them
     for split in ("validation", "test"):
         order = np.flatnonzero(table["split"] == split)
         data[split] = dealt(chunks, order, arguments.workers)
-        # Spark keeps what this moves. Share counts the training images.
-        lost = len(order) - data[split].map(lambda chunk: len(chunk[0])).sum()
-        if lost > 0:
+        # Spark keeps the shuffle of this. Share counts the training images.
+        lost = len(order) - data[split].mapPartitions(count_rows).sum()
+        if lost:
             fix = "run again; if that fails too, delete the --cache"
             raise UserError(f"{lost} of {len(order)} {split} images were lost in ingest: {fix}")
     return table, data, len(cached)
@@ -630,17 +631,14 @@ def fetch_records(
         failures.add([str(error)])
 
 
-def leave_out(
-    unreadable: dict[int, str], table: pd.DataFrame, arguments: argparse.Namespace
-) -> pd.DataFrame:
-    """Mark {row: reason} in the table. Raises UserError if too few images are left."""
-    reasons = pd.Series(unreadable, dtype=str).reindex(table.index, fill_value="")
-    table = table.assign(split=table["split"].mask(reasons != "", "skipped"), reason=reasons)
-    check_splits(table, arguments.batch_size)
-    if (table["split"] == "train").sum() // arguments.workers <= arguments.batch_size:
-        count = f"{len(unreadable)} unreadable images leave too few for {arguments.workers} workers"
-        raise UserError(f"{count}: use fewer --workers")
-    return table
+def check_shares(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
+    """Raise UserError if unreadable images leave a worker no more than a batch."""
+    counts = table["split"].value_counts()
+    if counts["train"] // arguments.workers <= arguments.batch_size:
+        problem = (
+            f"{counts['skipped']} unreadable images leave too few for {arguments.workers} workers"
+        )
+        raise UserError(f"{problem}: use fewer --workers")
 
 
 class SparkCache:
@@ -672,7 +670,7 @@ class SparkCache:
                 return
             path = hadoop.Path(files.makeQualified(hadoop.Path(uri)), name)
             if not files.mkdirs(path):
-                raise UserError(f"--cache {uri} cannot be made: check its path and your rights")
+                raise UserError(f"--cache {uri} cannot be created: check path and permissions")
         except (Py4JJavaError, PySparkException) as error:
             raise UserError(f"--cache {uri} cannot be used: {first_line(error)}") from None
         self.folder = path.toString()
@@ -698,7 +696,8 @@ class SparkCache:
         return self._frame().rdd if self.folder else self._session.sparkContext.union(self._held)
 
     def _frame(self) -> DataFrame:
-        # A damaged file counts as missing: its images are fetched again.
+        # A damaged file counts as missing. `entries` sees damaged keys alone: damaged pixels are
+        # found lost when ingest or training reads them.
         options = {"recursiveFileLookup": True, "ignoreCorruptFiles": True}
         return self._session.read.schema(RECORD).options(**options).parquet(self.folder)
 
@@ -714,24 +713,29 @@ def chunks_of(
         yield np.array(rows), np.frombuffer(b"".join(images), np.uint8).reshape(-1, size, size)
 
 
-def dealt(chunks: RDD, order: np.ndarray, hands: int) -> RDD:
-    """Deal the images whose rows are in `order` to the hands in turn: chunks by hand."""
+def dealt(chunks: RDD, order: np.ndarray, partitions: int) -> RDD:
+    """Deal the images whose rows are in `order` to partitions in turn: their chunks."""
     return (
-        chunks.mapPartitions(lambda items: sent(items, order, hands))
-        .partitionBy(hands, int)
+        chunks.mapPartitions(lambda items: sent(items, order, partitions))
+        .partitionBy(partitions, int)
         .values()
     )
 
 
-def sent(chunks: Iterable[tuple], order: np.ndarray, hands: int) -> Iterator[tuple]:
-    """(hand, chunk) of the images in `chunks` that `order` deals."""
-    turns = pd.Series(np.arange(len(order)) % hands, order)
+def sent(chunks: Iterable[tuple], order: np.ndarray, partitions: int) -> Iterator[tuple]:
+    """(partition, chunk) of the images in `chunks` that `order` deals."""
+    turns = pd.Series(np.arange(len(order)) % partitions, order)
     for rows, pixels in chunks:
-        hand_of = turns.reindex(rows, fill_value=-1).to_numpy()
-        for hand in range(hands):
-            chosen = hand_of == hand
+        partition_of = turns.reindex(rows, fill_value=-1).to_numpy()
+        for partition in range(partitions):
+            chosen = partition_of == partition
             if chosen.any():
-                yield hand, (rows[chosen], pixels[chosen])
+                yield partition, (rows[chosen], pixels[chosen])
+
+
+def count_rows(chunks: Iterable[tuple]) -> Iterator[int]:
+    """The number of images in a partition; one that two runs stored counts once."""
+    yield len({row for rows, _ in chunks for row in rows})
 
 
 def joined(chunks: Iterable[tuple], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -756,7 +760,7 @@ STEPS_ALONE = 64
 def train_asynchronously(trainer: "SparkTrainer", run: "Run") -> None:
     """Train the epochs missing from `run.history` in one fit, then validate them.
 
-    Only then are the task slots free.
+    The fit takes all task slots.
     """
     first = len(run.history) + 1
     if first <= run.arguments.epochs:
@@ -837,8 +841,8 @@ class SparkTrainer:
             steps = math.ceil(len(self._train) / workers / arguments.batch_size)
             self._parts = math.ceil(steps / STEPS_ALONE)
         labels = context.broadcast(pickle.dumps(table[LABELS].to_numpy(np.float32)))
-        images, hands = len(self._train), workers * self._parts
-        self._job = Job(model.to_json(), task_cores(context), labels, images, hands, arguments)
+        images, partitions = len(self._train), workers * self._parts
+        self._job = Job(model.to_json(), task_cores(context), labels, images, partitions, arguments)
         self._elephas: Any = None
         self._parameters: Any = None  # a Broadcast
         self._dealt: tuple[RDD, AsyncResult] | None = None
@@ -850,7 +854,7 @@ class SparkTrainer:
             self._elephas = averaged_model(self.model, self._job)
         images = self._images(epoch)
         for part in range(self._parts):
-            # Validation of the previous epoch has sent the first part's.
+            # Validation of the previous epoch has sent those of the first part.
             parameters = self._send() if part else self._parameters or self._send()
             with contextlib.redirect_stdout(io.StringIO()):  # ">>> Fit model"
                 self._elephas.fit(images, epoch=epoch, part=part, parameters=parameters)
@@ -862,7 +866,7 @@ class SparkTrainer:
             # Meanwhile the driver prepares validation and keeps a checkpoint.
             next_images = self._draw(epoch + 1)
             self._dealt = next_images, self._background.apply_async(next_images.count)
-        histories = self._elephas.training_histories[-self._job.hands :]
+        histories = self._elephas.training_histories[-self._job.partitions :]
         return np.mean([history["loss"][0] for history in histories])
 
     def _renew_statistics(self, images: RDD) -> None:
@@ -916,7 +920,7 @@ class SparkTrainer:
         if self._dealt is None:
             return self._draw(epoch)
         (images, dealing), self._dealt = self._dealt, None
-        dealing.get()  # Spark keeps what it has moved as long as `images` lives
+        dealing.get()  # Spark keeps the shuffle as long as `images` lives
         return images
 
     def _draw(self, epoch: int) -> RDD:
@@ -925,7 +929,7 @@ class SparkTrainer:
         Workers that always see the same images converge later, to a worse model.
         """
         random = np.random.default_rng([self._arguments.seed, epoch])
-        return dealt(self._data["train"], random.permutation(self._train), self._job.hands)
+        return dealt(self._data["train"], random.permutation(self._train), self._job.partitions)
 
 
 class Job(NamedTuple):
@@ -935,15 +939,15 @@ class Job(NamedTuple):
     cores: int
     labels: Broadcast  # float32 (n, 15), of all rows of the table
     images: int  # to train on, of all workers
-    hands: int  # that they are dealt to: one for each worker in each part of an epoch
+    partitions: int  # that they are dealt to: one for each worker in each part of an epoch
     arguments: argparse.Namespace
 
 
 def of_part(images: RDD, part: int, job: Job, run: Callable[[Iterator[tuple]], Iterator]) -> list:
-    """What `run` yields for each worker's hand of a part; the other parts are not read."""
+    """What `run` yields for each worker's partition of a part; the other parts are not read."""
     workers = job.arguments.workers
-    hands = range(part * workers, (part + 1) * workers)
-    return images.context.runJob(images, run, list(hands))
+    partitions = range(part * workers, (part + 1) * workers)
+    return images.context.runJob(images, run, list(partitions))
 
 
 def kept_model(job: Job) -> Any:
@@ -998,7 +1002,7 @@ class Share:
 
     def __init__(self, items: Iterator[tuple], job: Job) -> None:
         self._rows, self._pixels = joined(items, job.arguments.image_size)
-        turns = range(TaskContext.get().partitionId(), job.images, job.hands)
+        turns = range(TaskContext.get().partitionId(), job.images, job.partitions)
         if len(self._rows) != len(turns):
             raise RuntimeError(LOST)
         self._labels = pickle.loads(job.labels.value)
@@ -1006,8 +1010,8 @@ class Share:
 
     def fit(self, model: Any, epoch: int) -> dict[str, list[float]]:
         """Train on these images once; Keras' history."""
-        # Order, flips and dropout depend only on seed, epoch and hand: a resumed run draws the same
-        # as an unbroken one.
+        # Order, flips and dropout depend only on seed, epoch and partition: a resumed run draws the
+        # same as an unbroken one.
         random = np.random.default_rng(
             [self._arguments.seed, epoch, TaskContext.get().partitionId()]
         )
@@ -1152,18 +1156,18 @@ def shared_model(model: Any, job: Job) -> Any:
                     if variable.trainable or epoch == self.first:
                         variable.assign(value)
                 loss = float(share.fit(self.model, epoch)["loss"][0])
-                change = self.part_of_change(values)
+                change = self.scaled_change(values)
                 statistics = values_of(self.model.non_trainable_weights)
                 if not math.isfinite(loss) or not all_finite([*change, *statistics]):
                     raise RuntimeError(DIVERGED)
                 self.client.send(change, Update(worker, epoch, loss, statistics))
             yield []
 
-        def part_of_change(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        def scaled_change(self, values: list[np.ndarray]) -> list[np.ndarray]:
             changes = []
             for variable, value in zip(self.model.weights, values):
-                part = 1 / job.arguments.workers if variable.trainable else 0
-                changes.append(np.asarray(part * (value - variable.numpy()), value.dtype))
+                factor = 1 / job.arguments.workers if variable.trainable else 0
+                changes.append(np.asarray(factor * (value - variable.numpy()), value.dtype))
             return changes
 
     class SharedModel(AsynchronousSparkModel):
@@ -1324,7 +1328,7 @@ def end_with(parent: int) -> None:
 
 
 def weights_alone(model: Any) -> Any:
-    """`model` without the optimizer's state: its checkpoints have a third of the size.
+    """`model` without the optimizer's state: its checkpoints are a third of the size.
 
     In the asynchronous modes each worker has an Adam of its own.
     """
@@ -1359,7 +1363,7 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
     for entry in objects:  # a store without ETags may have dates
         entry.setdefault("ETag", str(entry.get("LastModified")))
     listed = [(entry["Key"][len(prefix) :], entry["Key"], entry["ETag"]) for entry in objects]
-    with s3_errors(bucket, arguments.labels):
+    with s3_errors(bucket, arguments.labels, "--labels"):
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
     table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
     counts = f"{len(labels):,} images have labels, {len(objects):,} are in the bucket"
@@ -1369,13 +1373,13 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
         raise UserError(f"no image {where} has a row in {arguments.labels}: {fix}")
     test_images = None
     if arguments.test_list:
-        with s3_errors(bucket, arguments.test_list):
+        with s3_errors(bucket, arguments.test_list, "--test-list"):
             text = decode_text(fetch(client, bucket, arguments.test_list), "replace")
         test_images = set(re.findall(r"[^\s,;\"']+", text))
         found = table["image"].isin(test_images).sum()
         unknown = sorted(test_images - set(labels["image"]))
-        counts = f"{len(test_images):,} images are in {arguments.test_list}"
-        print(f"{counts}, {found:,} of them in both, {len(unknown):,} in no row of the labels")
+        counts = f"{len(test_images):,} images in {arguments.test_list}"
+        print(f"{counts}: {found:,} are in both, {len(unknown):,} have no labels")
         if len(unknown) * 2 > len(test_images):
             problem = f"{len(unknown):,} of {counts}, such as {unknown[0]}, have no row"
             raise UserError(f"{problem} in {arguments.labels}: check --test-list")
@@ -1390,7 +1394,7 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
 def images_fix(client: Any, bucket: str) -> str:
     """Advice on --images: the folders that hold PNGs, from the bucket's first page of objects."""
     page: dict[str, Any] = {}
-    with contextlib.suppress(botocore.exceptions.ClientError):  # some keys may list one prefix only
+    with contextlib.suppress(botocore.exceptions.ClientError):  # IAM may allow one prefix only
         page = client.list_objects_v2(Bucket=bucket)
     keys = (entry["Key"] for entry in page.get("Contents", []))
     folders = sorted({key[: key.rfind("/") + 1] for key in keys if key.lower().endswith(".png")})
@@ -1447,8 +1451,8 @@ def assign_splits(
 ) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
-    A patient's split depends only on the seed and the patient id: no limit, new image or other
-    machine changes it. With `test_images`, those are the test split, and the same hash splits the
+    A patient's split depends only on the seed and the patient id, not on --limit, new images or the
+    machine. With `test_images`, those are the test split, and the same hash splits the
     other patients in the same proportion. Raises UserError if a patient is on both sides.
     """
     fractions = {patient: hash_fraction(seed, patient) for patient in table["patient"].unique()}
@@ -1475,7 +1479,8 @@ def check_splits(table: pd.DataFrame, batch_size: int) -> None:
     """Print the splits' sizes. Raises UserError for an empty one or too few training images."""
     counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{sizes} images of {table['patient'].nunique():,} patients")
+    patients = table["patient"][table["split"].isin(SPLITS)].nunique()
+    print(f"{sizes} images of {patients:,} patients")
     if not counts.all():
         fix = "use more images or another --seed"
         raise UserError(f"no image is left for the {counts.idxmin()} split: {fix}")
@@ -1492,7 +1497,7 @@ def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 # ==== pixels: from S3 to a small grey image ====
 
-FETCH_THREADS = 32  # a process: a GET takes about 50 ms, decoding 5 to 14 ms of a core
+FETCH_THREADS = 32  # per process: a GET takes about 50 ms, decoding 5 to 14 ms of a core
 # Pillow reads other formats too, and would hand an EPS named .png to Ghostscript.
 FORMATS = ["PNG", "JPEG"]
 
@@ -1520,7 +1525,7 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         return fetch_one(item, again=False) if again else (row, None, reason)
 
     items = iter(keys.items())
-    # Bounded: the threads share Python's lock with the caller, who would fall ever further behind.
+    # Bounded: else the threads, which share Python's lock with the caller, would leave it behind.
     arrivals: queue.Queue = queue.Queue(FETCH_THREADS)
 
     def fetch_all() -> None:
@@ -1569,6 +1574,14 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
         raise UserError(f"{count}, {last}: replace them or raise --max-skipped {share}")
 
 
+def leave_out(skipped: dict[int, str], table: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """Give images, {row: reason}, the split "skipped". Raises UserError if too few are left."""
+    reasons = pd.Series(skipped, dtype=str).reindex(table.index, fill_value="")
+    table = table.assign(split=table["split"].mask(reasons != "", "skipped"), reason=reasons)
+    check_splits(table, batch_size)
+    return table
+
+
 # ==== the CNN, and its faster layers ====
 
 
@@ -1595,13 +1608,13 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
             raise
         fix = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
         if source == "imagenet":
-            fix = f"delete what Keras has of it in ~/.keras/models, or {fix}"
+            fix = f"delete Keras' copy in ~/.keras/models, or {fix}"
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # With Keras' 0.99 a run of under 500 steps is evaluated with its initial statistics.
-            # They are trained from ImageNet's weights too: with frozen statistics a learning rate
-            # of 8e-4 kills the network (docs/results.md).
+            # With Keras' 0.99 a run of under 500 steps is evaluated with partly initial statistics.
+            # They are trained even from ImageNet's weights: frozen, a learning rate of 8e-4 kills
+            # the network (docs/results.md).
             layer.momentum = 0.9
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
@@ -1620,8 +1633,8 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
 def import_tensorflow() -> Any:
     """Import TensorFlow silently, with oneDNN's kernels and Keras' default settings.
 
-    oneDNN is the default on few CPUs. TF_CPP_MIN_LOG_LEVEL=0 shows what the import prints, which
-    helps to find a missing CUDA library.
+    Not all CPUs default to oneDNN. TF_CPP_MIN_LOG_LEVEL=0 shows what the import prints, which helps
+    to find a missing CUDA library.
     """
     # Keras imports Matplotlib, which fails if the user's backend is not installed.
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", KERAS_BACKEND="tensorflow", MPLBACKEND="agg")
@@ -1746,7 +1759,7 @@ def fast_batch_normalization(
 
 
 class Trainer(Protocol):
-    """What trains the CNN on a target. `KerasTrainer` and `SparkTrainer` are the two kinds."""
+    """What trains the CNN on a target: a `KerasTrainer`, `GpuTrainer` or `SparkTrainer`."""
 
     def fit_epoch(self, epoch: int) -> float:
         """Train one epoch, counted from 1; its mean loss."""
@@ -1792,8 +1805,8 @@ def show(row: dict[str, float], screen: TextIO | None = None) -> None:
 def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
     """Warn on stderr if the network has died; return whether it has.
 
-    It has if its probabilities `scores` (n, 15) are the same for all images, to 0.001, or its AUROC
-    was 0.5 in the last two epochs. One epoch proves nothing: the statistics of batch normalisation
+    Dead: its probabilities `scores` (n, 15) are the same for all images, to 0.001, or its AUROC was
+    0.5 in the last two epochs. One epoch proves nothing: the statistics of batch normalisation
     have barely moved.
     """
     last = aurocs.tail(2)
@@ -1867,8 +1880,8 @@ def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 def evaluate(trainer: Trainer, run: "Run") -> pd.DataFrame:
     """Write the best epoch's predictions.csv; return the metrics of the test split.
 
-    A row for each label and one for their mean: positives, AUROC, low and high (the 95 % interval),
-    threshold.
+    A row for each label and one for their mean: positives (of the mean: images), AUROC, low and
+    high (the 95 % interval), threshold.
     """
     with run.timed("evaluate"):
         run.load_best()
@@ -1947,7 +1960,7 @@ class Run:
     """A run from its options to its result: run folder, clock and history.
 
     `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch;
-    `peak_memory_mb` is by device. A run that fails before `open` leaves nothing behind. Raises
+    `peak_memory_mb` is by device. A run that fails before `open` leaves no run folder. Raises
     UserError for an unusable --output.
     """
 
@@ -1988,7 +2001,7 @@ class Run:
         self._seconds[phase] += time.perf_counter() - start
 
     def check(self, table: pd.DataFrame, target: dict[str, Any]) -> None:
-        """Raise UserError if the run to resume had other options, images or `target`."""
+        """Make config.json's content. Raises UserError if the run to resume does not fit it."""
         columns = table[["image", "etag", "split", *LABELS]]
         options = vars(self.arguments)
         self._config = {
@@ -2005,18 +2018,20 @@ class Run:
         try:
             begun = json.loads(self._begun)
             had = {**begun["arguments"], **begun["target"]}
-            same_data = (begun["script"], begun["data"]) == (self._script, self._config["data"])
+            script, data = begun["script"], begun["data"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"config.json of {where} is damaged: start a new run") from None
+        if script != self._script:
+            fix = "resume it with that script, or use another --output"
+            raise UserError(f"{where} is of {script}: {fix}")
         wanted = {**{name: options[name] for name in DECISIVE}, **target}
         for name, value in wanted.items():
             if had.get(name) != value:
                 option = f"--{name.replace('_', '-')}" if name in options else name
                 fix = "use the same options and machine to resume it"
                 raise UserError(f"{where} had {option} {had.get(name)}, not {value}: {fix}")
-        if not same_data:
-            kind = f"{begun['script']} or of other data"
-            raise UserError(f"{where} is of {kind}: use another --output")
+        if data != self._config["data"]:
+            raise UserError(f"{where} had other images or labels: use another --output")
 
     def open(self, table: pd.DataFrame, model: Any) -> None:
         """Take the run folder; load the last epoch of a resumed run into `model`.
@@ -2082,7 +2097,7 @@ class Run:
     def keep(self, row: dict[str, Any]) -> None:
         """Keep an epoch: a checkpoint of weights and optimizer, then its row in the history."""
         save_checkpoint(self._model, self._checkpoint(row["epoch"]))
-        # Not concat, which warns about a column without a number so far.
+        # Not concat, which warns about a column that is all nan so far.
         self.history = pd.DataFrame([*self.history.to_dict("records"), row])
         self._write_history()
 
@@ -2152,7 +2167,7 @@ class Run:
         print(report.to_string(float_format="{:.3f}".format, na_rep="-"))
         print(f"run folder: {self.path}")
         best, last = best_epoch(self.history), len(self.history)
-        print(f"evaluated: epoch {best} of {last}, which had the highest validation AUROC")
+        print(f"evaluated: epoch {best} of {last}, chosen by validation AUROC")
         print(json.dumps(result), flush=True)
         if self._copy:
             self._copy.finish(self.path)
@@ -2251,7 +2266,7 @@ def save_checkpoint(model: Any, path: Path) -> None:
     variables = [*model.weights, *model.optimizer.variables]
     numbers = sum(math.prod(variable.shape) for variable in variables)
     with replacing(path) as partial:
-        # HDF5 can crash on a full disk, so reserve 4 bytes a number and what HDF5 adds.
+        # HDF5 can crash on a full disk. So first write as much: 4 bytes per number and overhead.
         partial.write_bytes(bytes(int(4.4 * numbers) + 2**20))
         model.save_weights(partial)
 
@@ -2260,13 +2275,13 @@ def save_checkpoint(model: Any, path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` when the block succeeds.
 
-    So neither a reader nor a kill ever sees half a file.
+    So nobody ever reads half a file, even after a kill.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
     except OSError as error:
-        error.filename = str(path)  # a refused write does not name it
+        error.filename = str(path)  # a failed write names no file
         partial.unlink(missing_ok=True)
         raise
     with partial.open("rb") as file:
@@ -2374,7 +2389,7 @@ class S3Copy:
     def look(self) -> tuple[bool, bytes]:
         """Whether the prefix has objects, and the content of its config.json (b"": none).
 
-        Raises UserError if the keys lack a right that the copy needs.
+        Raises UserError if the keys lack a permission that the copy needs.
         """
         with self._errors():
             self._client.put_object(**self._key(".probe"), Body=b"")
@@ -2534,7 +2549,7 @@ def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
     """The objects below `prefix`, sorted by key: S3's Key, ETag and so on of each."""
     pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
     if "IsTruncated" not in pages[0]:  # botocore reads any web page as an empty list
-        raise UserError(NO_S3.format(key="the list of objects", bucket=bucket))
+        raise UserError(NO_S3.format(key="the list of images", bucket=bucket))
     return [entry for page in pages for entry in page.get("Contents", [])]
 
 
@@ -2564,8 +2579,8 @@ REGION = "bucket {bucket} is in another region: set region_name in the credentia
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html#ErrorCodeList
 S3_ERRORS = {
     "NoSuchBucket": "there is no bucket {bucket}: check {option}",
-    "NoSuchKey": "there is no {key} in bucket {bucket}: check --labels and --test-list",
-    "AccessDenied": "no right to {key} in bucket {bucket}: the keys need s3:ListBucket and "
+    "NoSuchKey": "there is no {key} in bucket {bucket}: check {option}",
+    "AccessDenied": "no access to {key} in bucket {bucket}: the keys need s3:ListBucket and "
     "s3:GetObject, for --output also s3:PutObject and s3:DeleteObject, for encrypted objects "
     "kms:Decrypt",
     "InvalidObjectState": "{key} in bucket {bucket} is archived: restore it (aws s3api "
@@ -2607,7 +2622,7 @@ def s3_errors(
         raise UserError(NO_S3.format(**names)) from None
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         fix = f"check {option} and the credentials file"
-        raise UserError(f"S3 cannot be asked ({error}): {fix}") from None
+        raise UserError(f"cannot query S3 ({error}): {fix}") from None
 
 
 # ==== command line, and errors as one line ====
@@ -2629,12 +2644,12 @@ def common_parser(manual: str | None, cache: Any = None) -> argparse.ArgumentPar
         ("images", "PREFIX", prefix, "images/", "prefix of the PNGs in the bucket"),
         ("test-list", "KEY", str, None, "NIH's test_list.txt in the bucket: the test split [none]"),
         ("limit", "N", whole, None, "use N images, drawn by seed [all]"),
-        ("image-size", "PX", number(int, 32, 1024), 128, "pixels a side"),
+        ("image-size", "PX", number(int, 32, 1024), 128, "pixels per side"),
         ("weights", "W", str, "imagenet", "imagenet, none or path of a weights file"),
         ("epochs", "N", whole, 5, "passes over the training split"),
         ("batch-size", "N", whole, 32, "images per training step"),
-        ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "of Adam"),
-        ("seed", "N", number(int, 0, 2**32 - 1), 0, "of split and training"),
+        ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "Adam's learning rate"),
+        ("seed", "N", number(int, 0, 2**32 - 1), 0, "seed of split and training"),
         ("cache", "DIR", cache or local_folder, "cache/", "decoded pixels, reused by later runs"),
         ("max-skipped", "F", number(float, 0, 1), 0.01, "share of unreadable images allowed"),
         ("output", "DIR", run_location, None, f"{output} [runs/<script>-<UTC time>]"),
@@ -2673,8 +2688,8 @@ def run_location(text: str) -> str:
     return local_folder(text, "neither a folder nor s3://BUCKET/PREFIX")
 
 
-def local_folder(text: str, problem: str = "no folder of this machine") -> str:
-    """An argparse type: a folder of this machine."""
+def local_folder(text: str, problem: str = "not a local folder") -> str:
+    """An argparse type: a local folder."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
         # As a local folder, `hdfs:run` would be lost with the machine.
         raise argparse.ArgumentTypeError(f"{text} is {problem}")
@@ -2694,7 +2709,7 @@ def run_script(main: Callable[[], None]) -> int:
         main()
         return 0
     except KeyboardInterrupt:
-        fix = "repeat the command with --resume and this run's --output to continue"
+        fix = "repeat the command; if training had begun, with --resume and this run's --output"
         print(f"\n{script}: interrupted: {fix}", file=sys.stderr)
         return 130
     except UserError as error:
@@ -2707,7 +2722,7 @@ def run_script(main: Callable[[], None]) -> int:
         # HDF5's own text for errno takes several lines.
         words = os.strerror(error.errno) if error.errno else one_line(error)
         where = one_line(error.filename or "a file or folder of this run")
-        problem = f"{where}: {words}: check that it is there, disk space, rights and limits"
+        problem = f"{where}: {words}: check the path, permissions, disk space and limits"
     print(f"{script}: error: {problem}", file=sys.stderr)
     return exit_code
 

@@ -4,19 +4,19 @@
     cp credentials.example.yml credentials.yml               and fill in your AWS keys
     python xray_gpu.py
 
-This file is all a machine needs. It reads NIH ChestX-ray14's label CSV and PNGs from the bucket,
+The script is self-contained. It reads NIH ChestX-ray14's label CSV and PNGs from the bucket,
 splits them by patient, trains MobileNet on the 15 labels and writes history, predictions, metrics,
 model.keras and report.png to runs/, and to S3 with `--output s3://BUCKET/PREFIX`. The last line on
 stdout is the result as JSON. To continue an interrupted run, repeat its options with `--resume
 --output ITS_FOLDER`. To try it without a bucket: `python tests/sample_bucket.py xray_gpu.py`.
 
 Its siblings: xray_tensorflow.py trains on one CPU thread, xray_elephas.py on Spark through Elephas.
-The code for the target comes first; data, split, CNN, metrics and clock follow, the same code in all
-three. This script uses every GPU that TensorFlow sees (several through MirroredStrategy, with
+The code for the target comes first; data, split, CNN, metrics and clock follow, the same code in
+all three. This script uses every GPU that TensorFlow sees (several through MirroredStrategy, with
 --batch-size images each), keeps the pixels on the GPU if they fit, computes in mixed precision from
 compute capability 7.0 on, and compiles with XLA on a single GPU. It never falls back to the CPU.
-g3s.xlarge (Tesla M60, capability 5.2) needs `pip install "tensorflow[and-cuda]==2.16.2"`. Several
-GPUs have not been tried.
+g3s.xlarge (Tesla M60, capability 5.2) needs TensorFlow 2.16.2: see docs/aws.md. Several GPUs have
+not been tried.
 
 Not a medical device. Data: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC;
 Wang et al., CVPR 2017.
@@ -93,7 +93,7 @@ def main() -> None:
     parser = common_parser(__doc__)
     precisions = ["auto", "float32", "mixed_float16"]
     parser.add_argument(
-        "--precision", choices=precisions, default="auto", help="of the computation [%(default)s]"
+        "--precision", choices=precisions, default="auto", help="numeric precision [%(default)s]"
     )
     arguments = parser.parse_args()
     credentials = read_credentials(arguments.credentials)
@@ -215,7 +215,7 @@ def hide_log() -> None:
 
 @contextlib.contextmanager
 def memory_errors(batch_size: int) -> Iterator[None]:
-    """Turn TensorFlow's pages about exhausted GPU memory into a UserError."""
+    """Turn TensorFlow's error of exhausted GPU memory into a UserError."""
     import tensorflow as tf
 
     try:
@@ -349,13 +349,13 @@ def average_statistics(model: Any, strategy: Any) -> None:
 # ---- common to the scripts of one machine: begin ----
 # ==== ingest: fetch, decode, keep in the cache ====
 
-WORTH_A_PROCESS = 1000  # images: 7 s of fetching and decoding; a start takes 1.5 s
+WORTH_A_PROCESS = 1000  # images, fetched and decoded in 7 s; a process starts in 1.5 s
 
 
 def ingest(
     credentials: dict[str, str], arguments: argparse.Namespace, table: pd.DataFrame
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """Get the images of the table, from the cache or from S3, which fills the cache.
+    """Get the table's images from the cache, or from S3 into the cache.
 
     Returns the table, where an unreadable image has the split "skipped" and a reason, the pixels
     (n, size, size) uint8 of its rows, and the number of images from the cache. Raises UserError if
@@ -373,7 +373,7 @@ def ingest(
         missing = table["key"][~is_cached].to_dict()
         cached = len(table) - len(missing)
         groups = fetch_groups(credentials, arguments.bucket, missing, size)
-        progress = tqdm(desc="radiographs", total=len(table), unit="", initial=cached)
+        progress = tqdm(desc="images", total=len(table), unit="", initial=cached)
         with contextlib.closing(groups), progress:
             for group in groups:
                 images = {row: image for row, image, _ in group if image is not None}
@@ -385,10 +385,7 @@ def ingest(
                         check_skipped(skipped, table, arguments.max_skipped)
                     else:
                         pixels[row] = image
-    table = table.assign(reason=[skipped.get(row, "") for row in table.index])
-    table.loc[list(skipped), "split"] = "skipped"
-    check_splits(table, arguments.batch_size)
-    return table, pixels, cached
+    return leave_out(skipped, table, arguments.batch_size), pixels, cached
 
 
 @contextlib.contextmanager
@@ -410,7 +407,7 @@ def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
             yield cache
     except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote damaged text
         raise UserError(
-            f"the pixel cache {path} fails ({error}): check disk space and rights, or delete it"
+            f"cannot use the cache {path} ({error}): check disk and permissions, or delete it"
         ) from None
 
 
@@ -453,7 +450,7 @@ def store(
 def fetch_groups(
     credentials: dict[str, str], bucket: str, keys: dict[int, str], size: int
 ) -> Generator[list[tuple], None, None]:
-    """Groups of what fetch_images yields, from one process a core.
+    """Groups of what fetch_images yields, from one process per core.
 
     With few images or one core this process fetches them. Raises UserError if S3 fails or a process
     is killed.
@@ -490,7 +487,7 @@ def usable_cores() -> list[int]:
 
 
 def in_groups(arrivals: Iterator[tuple]) -> Iterator[list[tuple]]:
-    """Lists of what arrives within a tenth of a second, which is all that a kill can lose."""
+    """Lists of what arrives in about a tenth of a second, so that a kill loses little."""
     group = []
     begun = time.monotonic()
     for arrival in arrivals:
@@ -508,11 +505,11 @@ def start_processes(
     """Start a process for each share of the keys; return the processes by their pipes."""
     context = multiprocessing.get_context("spawn")  # fork breaks TensorFlow's threads and CUDA
     processes = {}
-    # Ctrl-C reaches all processes of a terminal. These inherit a mask that blocks it: this one ends
-    # them, once all have started. NumPy's threads do not block it, so a handler must remember it.
+    # Ctrl-C reaches every process of a terminal. These inherit a mask that blocks it: this one ends
+    # them. A thread of NumPy may still get it here: then the handler records it for later.
     pressed = threading.Event()
     handler = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    multiprocessing.resource_tracker.ensure_running()  # which unblocks it
+    multiprocessing.resource_tracker.ensure_running()  # it would unblock Ctrl-C
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     for share in shares:
         pipe, its_end = context.Pipe(duplex=False)
@@ -555,8 +552,8 @@ def check_ended(process: Any) -> None:
     process.join()
     if process.exitcode < 0:
         raise UserError(
-            f"a process that fetches images was killed by signal {-process.exitcode}, as Linux does "
-            "when memory runs out: close other programs, then start again"
+            f"a process that fetches images was killed by signal {-process.exitcode}, as Linux "
+            "does when memory runs out: close other programs, then start again"
         )
     if process.exitcode:
         raise RuntimeError("a process that fetches images failed: see its traceback above")
@@ -590,7 +587,7 @@ class KerasTrainer:
         import keras
 
         class OneEpoch(keras.callbacks.Callback):
-            """Ends the fit after one epoch, which Keras shows as one of all epochs."""
+            """Ends the fit after one epoch; Keras still shows, say, 3/5."""
 
             def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
                 self.model.stop_training = True
@@ -642,7 +639,7 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
     for entry in objects:  # a store without ETags may have dates
         entry.setdefault("ETag", str(entry.get("LastModified")))
     listed = [(entry["Key"][len(prefix) :], entry["Key"], entry["ETag"]) for entry in objects]
-    with s3_errors(bucket, arguments.labels):
+    with s3_errors(bucket, arguments.labels, "--labels"):
         labels = parse_labels(fetch(client, bucket, arguments.labels), arguments.labels)
     table = labels.merge(pd.DataFrame(listed, columns=["image", "key", "etag"]), on="image")
     counts = f"{len(labels):,} images have labels, {len(objects):,} are in the bucket"
@@ -652,13 +649,13 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
         raise UserError(f"no image {where} has a row in {arguments.labels}: {fix}")
     test_images = None
     if arguments.test_list:
-        with s3_errors(bucket, arguments.test_list):
+        with s3_errors(bucket, arguments.test_list, "--test-list"):
             text = decode_text(fetch(client, bucket, arguments.test_list), "replace")
         test_images = set(re.findall(r"[^\s,;\"']+", text))
         found = table["image"].isin(test_images).sum()
         unknown = sorted(test_images - set(labels["image"]))
-        counts = f"{len(test_images):,} images are in {arguments.test_list}"
-        print(f"{counts}, {found:,} of them in both, {len(unknown):,} in no row of the labels")
+        counts = f"{len(test_images):,} images in {arguments.test_list}"
+        print(f"{counts}: {found:,} are in both, {len(unknown):,} have no labels")
         if len(unknown) * 2 > len(test_images):
             problem = f"{len(unknown):,} of {counts}, such as {unknown[0]}, have no row"
             raise UserError(f"{problem} in {arguments.labels}: check --test-list")
@@ -673,7 +670,7 @@ def select_images(client: Any, arguments: argparse.Namespace) -> pd.DataFrame:
 def images_fix(client: Any, bucket: str) -> str:
     """Advice on --images: the folders that hold PNGs, from the bucket's first page of objects."""
     page: dict[str, Any] = {}
-    with contextlib.suppress(botocore.exceptions.ClientError):  # some keys may list one prefix only
+    with contextlib.suppress(botocore.exceptions.ClientError):  # IAM may allow one prefix only
         page = client.list_objects_v2(Bucket=bucket)
     keys = (entry["Key"] for entry in page.get("Contents", []))
     folders = sorted({key[: key.rfind("/") + 1] for key in keys if key.lower().endswith(".png")})
@@ -730,8 +727,8 @@ def assign_splits(
 ) -> np.ndarray:
     """train, validation or test for each row, by patient.
 
-    A patient's split depends only on the seed and the patient id: no limit, new image or other
-    machine changes it. With `test_images`, those are the test split, and the same hash splits the
+    A patient's split depends only on the seed and the patient id, not on --limit, new images or the
+    machine. With `test_images`, those are the test split, and the same hash splits the
     other patients in the same proportion. Raises UserError if a patient is on both sides.
     """
     fractions = {patient: hash_fraction(seed, patient) for patient in table["patient"].unique()}
@@ -758,7 +755,8 @@ def check_splits(table: pd.DataFrame, batch_size: int) -> None:
     """Print the splits' sizes. Raises UserError for an empty one or too few training images."""
     counts = table["split"].value_counts().reindex(SPLITS, fill_value=0)
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{sizes} images of {table['patient'].nunique():,} patients")
+    patients = table["patient"][table["split"].isin(SPLITS)].nunique()
+    print(f"{sizes} images of {patients:,} patients")
     if not counts.all():
         fix = "use more images or another --seed"
         raise UserError(f"no image is left for the {counts.idxmin()} split: {fix}")
@@ -775,7 +773,7 @@ def labels_by_split(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 # ==== pixels: from S3 to a small grey image ====
 
-FETCH_THREADS = 32  # a process: a GET takes about 50 ms, decoding 5 to 14 ms of a core
+FETCH_THREADS = 32  # per process: a GET takes about 50 ms, decoding 5 to 14 ms of a core
 # Pillow reads other formats too, and would hand an EPS named .png to Ghostscript.
 FORMATS = ["PNG", "JPEG"]
 
@@ -803,7 +801,7 @@ def fetch_images(client: Any, bucket: str, keys: dict[int, str], size: int) -> I
         return fetch_one(item, again=False) if again else (row, None, reason)
 
     items = iter(keys.items())
-    # Bounded: the threads share Python's lock with the caller, who would fall ever further behind.
+    # Bounded: else the threads, which share Python's lock with the caller, would leave it behind.
     arrivals: queue.Queue = queue.Queue(FETCH_THREADS)
 
     def fetch_all() -> None:
@@ -852,6 +850,14 @@ def check_skipped(skipped: dict[int, str], table: pd.DataFrame, share: float) ->
         raise UserError(f"{count}, {last}: replace them or raise --max-skipped {share}")
 
 
+def leave_out(skipped: dict[int, str], table: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """Give images, {row: reason}, the split "skipped". Raises UserError if too few are left."""
+    reasons = pd.Series(skipped, dtype=str).reindex(table.index, fill_value="")
+    table = table.assign(split=table["split"].mask(reasons != "", "skipped"), reason=reasons)
+    check_splits(table, batch_size)
+    return table
+
+
 # ==== the CNN, and its faster layers ====
 
 
@@ -878,13 +884,13 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
             raise
         fix = "use --weights none, or the path of Keras' mobilenet_1_0_128_tf_no_top.h5"
         if source == "imagenet":
-            fix = f"delete what Keras has of it in ~/.keras/models, or {fix}"
+            fix = f"delete Keras' copy in ~/.keras/models, or {fix}"
         raise UserError(f"cannot load --weights {source} ({error}): {fix}") from None
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # With Keras' 0.99 a run of under 500 steps is evaluated with its initial statistics.
-            # They are trained from ImageNet's weights too: with frozen statistics a learning rate
-            # of 8e-4 kills the network (docs/results.md).
+            # With Keras' 0.99 a run of under 500 steps is evaluated with partly initial statistics.
+            # They are trained even from ImageNet's weights: frozen, a learning rate of 8e-4 kills
+            # the network (docs/results.md).
             layer.momentum = 0.9
     x = backbone(x)
     x = keras.layers.Dropout(0.2, name="dropout")(x)
@@ -903,8 +909,8 @@ def build_cnn(arguments: argparse.Namespace, labels: np.ndarray, xla: bool = Fal
 def import_tensorflow() -> Any:
     """Import TensorFlow silently, with oneDNN's kernels and Keras' default settings.
 
-    oneDNN is the default on few CPUs. TF_CPP_MIN_LOG_LEVEL=0 shows what the import prints, which
-    helps to find a missing CUDA library.
+    Not all CPUs default to oneDNN. TF_CPP_MIN_LOG_LEVEL=0 shows what the import prints, which helps
+    to find a missing CUDA library.
     """
     # Keras imports Matplotlib, which fails if the user's backend is not installed.
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", KERAS_BACKEND="tensorflow", MPLBACKEND="agg")
@@ -1029,7 +1035,7 @@ def fast_batch_normalization(
 
 
 class Trainer(Protocol):
-    """What trains the CNN on a target. `KerasTrainer` and `SparkTrainer` are the two kinds."""
+    """What trains the CNN on a target: a `KerasTrainer`, `GpuTrainer` or `SparkTrainer`."""
 
     def fit_epoch(self, epoch: int) -> float:
         """Train one epoch, counted from 1; its mean loss."""
@@ -1075,8 +1081,8 @@ def show(row: dict[str, float], screen: TextIO | None = None) -> None:
 def warn_if_dead(scores: np.ndarray, aurocs: pd.Series) -> bool:
     """Warn on stderr if the network has died; return whether it has.
 
-    It has if its probabilities `scores` (n, 15) are the same for all images, to 0.001, or its AUROC
-    was 0.5 in the last two epochs. One epoch proves nothing: the statistics of batch normalisation
+    Dead: its probabilities `scores` (n, 15) are the same for all images, to 0.001, or its AUROC was
+    0.5 in the last two epochs. One epoch proves nothing: the statistics of batch normalisation
     have barely moved.
     """
     last = aurocs.tail(2)
@@ -1150,8 +1156,8 @@ def validate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 def evaluate(trainer: Trainer, run: "Run") -> pd.DataFrame:
     """Write the best epoch's predictions.csv; return the metrics of the test split.
 
-    A row for each label and one for their mean: positives, AUROC, low and high (the 95 % interval),
-    threshold.
+    A row for each label and one for their mean: positives (of the mean: images), AUROC, low and
+    high (the 95 % interval), threshold.
     """
     with run.timed("evaluate"):
         run.load_best()
@@ -1230,7 +1236,7 @@ class Run:
     """A run from its options to its result: run folder, clock and history.
 
     `open` sets `path`, the run folder, and `table`, the images; `history` has a row for each epoch;
-    `peak_memory_mb` is by device. A run that fails before `open` leaves nothing behind. Raises
+    `peak_memory_mb` is by device. A run that fails before `open` leaves no run folder. Raises
     UserError for an unusable --output.
     """
 
@@ -1271,7 +1277,7 @@ class Run:
         self._seconds[phase] += time.perf_counter() - start
 
     def check(self, table: pd.DataFrame, target: dict[str, Any]) -> None:
-        """Raise UserError if the run to resume had other options, images or `target`."""
+        """Make config.json's content. Raises UserError if the run to resume does not fit it."""
         columns = table[["image", "etag", "split", *LABELS]]
         options = vars(self.arguments)
         self._config = {
@@ -1288,18 +1294,20 @@ class Run:
         try:
             begun = json.loads(self._begun)
             had = {**begun["arguments"], **begun["target"]}
-            same_data = (begun["script"], begun["data"]) == (self._script, self._config["data"])
+            script, data = begun["script"], begun["data"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"config.json of {where} is damaged: start a new run") from None
+        if script != self._script:
+            fix = "resume it with that script, or use another --output"
+            raise UserError(f"{where} is of {script}: {fix}")
         wanted = {**{name: options[name] for name in DECISIVE}, **target}
         for name, value in wanted.items():
             if had.get(name) != value:
                 option = f"--{name.replace('_', '-')}" if name in options else name
                 fix = "use the same options and machine to resume it"
                 raise UserError(f"{where} had {option} {had.get(name)}, not {value}: {fix}")
-        if not same_data:
-            kind = f"{begun['script']} or of other data"
-            raise UserError(f"{where} is of {kind}: use another --output")
+        if data != self._config["data"]:
+            raise UserError(f"{where} had other images or labels: use another --output")
 
     def open(self, table: pd.DataFrame, model: Any) -> None:
         """Take the run folder; load the last epoch of a resumed run into `model`.
@@ -1365,7 +1373,7 @@ class Run:
     def keep(self, row: dict[str, Any]) -> None:
         """Keep an epoch: a checkpoint of weights and optimizer, then its row in the history."""
         save_checkpoint(self._model, self._checkpoint(row["epoch"]))
-        # Not concat, which warns about a column without a number so far.
+        # Not concat, which warns about a column that is all nan so far.
         self.history = pd.DataFrame([*self.history.to_dict("records"), row])
         self._write_history()
 
@@ -1435,7 +1443,7 @@ class Run:
         print(report.to_string(float_format="{:.3f}".format, na_rep="-"))
         print(f"run folder: {self.path}")
         best, last = best_epoch(self.history), len(self.history)
-        print(f"evaluated: epoch {best} of {last}, which had the highest validation AUROC")
+        print(f"evaluated: epoch {best} of {last}, chosen by validation AUROC")
         print(json.dumps(result), flush=True)
         if self._copy:
             self._copy.finish(self.path)
@@ -1534,7 +1542,7 @@ def save_checkpoint(model: Any, path: Path) -> None:
     variables = [*model.weights, *model.optimizer.variables]
     numbers = sum(math.prod(variable.shape) for variable in variables)
     with replacing(path) as partial:
-        # HDF5 can crash on a full disk, so reserve 4 bytes a number and what HDF5 adds.
+        # HDF5 can crash on a full disk. So first write as much: 4 bytes per number and overhead.
         partial.write_bytes(bytes(int(4.4 * numbers) + 2**20))
         model.save_weights(partial)
 
@@ -1543,13 +1551,13 @@ def save_checkpoint(model: Any, path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` when the block succeeds.
 
-    So neither a reader nor a kill ever sees half a file.
+    So nobody ever reads half a file, even after a kill.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
     except OSError as error:
-        error.filename = str(path)  # a refused write does not name it
+        error.filename = str(path)  # a failed write names no file
         partial.unlink(missing_ok=True)
         raise
     with partial.open("rb") as file:
@@ -1657,7 +1665,7 @@ class S3Copy:
     def look(self) -> tuple[bool, bytes]:
         """Whether the prefix has objects, and the content of its config.json (b"": none).
 
-        Raises UserError if the keys lack a right that the copy needs.
+        Raises UserError if the keys lack a permission that the copy needs.
         """
         with self._errors():
             self._client.put_object(**self._key(".probe"), Body=b"")
@@ -1817,7 +1825,7 @@ def list_objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
     """The objects below `prefix`, sorted by key: S3's Key, ETag and so on of each."""
     pages = list(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
     if "IsTruncated" not in pages[0]:  # botocore reads any web page as an empty list
-        raise UserError(NO_S3.format(key="the list of objects", bucket=bucket))
+        raise UserError(NO_S3.format(key="the list of images", bucket=bucket))
     return [entry for page in pages for entry in page.get("Contents", [])]
 
 
@@ -1847,8 +1855,8 @@ REGION = "bucket {bucket} is in another region: set region_name in the credentia
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html#ErrorCodeList
 S3_ERRORS = {
     "NoSuchBucket": "there is no bucket {bucket}: check {option}",
-    "NoSuchKey": "there is no {key} in bucket {bucket}: check --labels and --test-list",
-    "AccessDenied": "no right to {key} in bucket {bucket}: the keys need s3:ListBucket and "
+    "NoSuchKey": "there is no {key} in bucket {bucket}: check {option}",
+    "AccessDenied": "no access to {key} in bucket {bucket}: the keys need s3:ListBucket and "
     "s3:GetObject, for --output also s3:PutObject and s3:DeleteObject, for encrypted objects "
     "kms:Decrypt",
     "InvalidObjectState": "{key} in bucket {bucket} is archived: restore it (aws s3api "
@@ -1890,7 +1898,7 @@ def s3_errors(
         raise UserError(NO_S3.format(**names)) from None
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         fix = f"check {option} and the credentials file"
-        raise UserError(f"S3 cannot be asked ({error}): {fix}") from None
+        raise UserError(f"cannot query S3 ({error}): {fix}") from None
 
 
 # ==== command line, and errors as one line ====
@@ -1912,12 +1920,12 @@ def common_parser(manual: str | None, cache: Any = None) -> argparse.ArgumentPar
         ("images", "PREFIX", prefix, "images/", "prefix of the PNGs in the bucket"),
         ("test-list", "KEY", str, None, "NIH's test_list.txt in the bucket: the test split [none]"),
         ("limit", "N", whole, None, "use N images, drawn by seed [all]"),
-        ("image-size", "PX", number(int, 32, 1024), 128, "pixels a side"),
+        ("image-size", "PX", number(int, 32, 1024), 128, "pixels per side"),
         ("weights", "W", str, "imagenet", "imagenet, none or path of a weights file"),
         ("epochs", "N", whole, 5, "passes over the training split"),
         ("batch-size", "N", whole, 32, "images per training step"),
-        ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "of Adam"),
-        ("seed", "N", number(int, 0, 2**32 - 1), 0, "of split and training"),
+        ("learning-rate", "X", number(float, 1e-12, 10), 1e-3, "Adam's learning rate"),
+        ("seed", "N", number(int, 0, 2**32 - 1), 0, "seed of split and training"),
         ("cache", "DIR", cache or local_folder, "cache/", "decoded pixels, reused by later runs"),
         ("max-skipped", "F", number(float, 0, 1), 0.01, "share of unreadable images allowed"),
         ("output", "DIR", run_location, None, f"{output} [runs/<script>-<UTC time>]"),
@@ -1956,8 +1964,8 @@ def run_location(text: str) -> str:
     return local_folder(text, "neither a folder nor s3://BUCKET/PREFIX")
 
 
-def local_folder(text: str, problem: str = "no folder of this machine") -> str:
-    """An argparse type: a folder of this machine."""
+def local_folder(text: str, problem: str = "not a local folder") -> str:
+    """An argparse type: a local folder."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", text):
         # As a local folder, `hdfs:run` would be lost with the machine.
         raise argparse.ArgumentTypeError(f"{text} is {problem}")
@@ -1977,7 +1985,7 @@ def run_script(main: Callable[[], None]) -> int:
         main()
         return 0
     except KeyboardInterrupt:
-        fix = "repeat the command with --resume and this run's --output to continue"
+        fix = "repeat the command; if training had begun, with --resume and this run's --output"
         print(f"\n{script}: interrupted: {fix}", file=sys.stderr)
         return 130
     except UserError as error:
@@ -1990,7 +1998,7 @@ def run_script(main: Callable[[], None]) -> int:
         # HDF5's own text for errno takes several lines.
         words = os.strerror(error.errno) if error.errno else one_line(error)
         where = one_line(error.filename or "a file or folder of this run")
-        problem = f"{where}: {words}: check that it is there, disk space, rights and limits"
+        problem = f"{where}: {words}: check the path, permissions, disk space and limits"
     print(f"{script}: error: {problem}", file=sys.stderr)
     return exit_code
 

@@ -141,7 +141,7 @@ def test_a_key_that_may_not_write_is_one_line_at_the_start(
         error = fails("--credentials", ceph, "--output", "s3://runs/closed")
     finally:
         runs_bucket.delete_bucket_policy(Bucket="runs")
-    assert "no right to s3://runs/closed in bucket runs: " in error
+    assert "no access to s3://runs/closed in bucket runs: " in error
     assert "s3:PutObject" in error
 
 

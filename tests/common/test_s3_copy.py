@@ -293,7 +293,7 @@ def test_a_claim_whose_answer_was_lost_is_the_runs_own(place: Place) -> None:
 def test_a_key_without_a_right_is_known_at_the_start(place: Place, method: str) -> None:
     place.proxy.choose = denied(method)
     error = refused(place.copy())
-    assert f"no right to {place.output} in bucket {BUCKET}: the keys need" in error
+    assert f"no access to {place.output} in bucket {BUCKET}: the keys need" in error
     assert "for --output also s3:PutObject and s3:DeleteObject" in error
 
 
@@ -306,7 +306,7 @@ def test_s3_away_in_the_middle_and_back(place: Place, capsys: pytest.CaptureFixt
         epoch(place, number)
         copy.update(place.folder)
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: no right to s3://")
+    assert warning.startswith("warning: no access to s3://")
     assert warning.endswith(f"the run goes on in {place.folder}")
     with pytest.raises(xray.CopyError) as error:
         copy.finish(place.folder)
@@ -316,6 +316,15 @@ def test_s3_away_in_the_middle_and_back(place: Place, capsys: pytest.CaptureFixt
     place.proxy.choose = lambda method, path: ""
     copy.finish(place.folder)
     assert place.stored() == place.local()
+
+
+def test_a_copy_that_is_deleted_during_the_run(place: Place, capsys: pytest.CaptureFixture) -> None:
+    copy = claimed(place)
+    place.s3.delete_object(Bucket=BUCKET, Key=place.output.split("/", 3)[3] + "/config.json")
+    copy.update(place.folder)
+    assert f"config.json in bucket {BUCKET}: check --output" in capsys.readouterr().err
+    with pytest.raises(xray.CopyError, match="aws s3 cp --recursive"):
+        copy.finish(place.folder)
 
 
 @pytest.mark.slow

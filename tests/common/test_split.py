@@ -116,7 +116,7 @@ def test_test_list(client: object, capsys: pytest.CaptureFixture) -> None:
     assert shares[0] / shares.sum() == pytest.approx(7 / 8, abs=0.06)
     by_patient(table)
     assert (
-        f"{len(names) + 1} images are in test_list.txt, {len(names)} of them in both"
+        f"{len(names) + 1} images in test_list.txt: {len(names)} are in both, 1 have no labels"
         in capsys.readouterr().out
     )
 
@@ -150,10 +150,10 @@ def test_names_of_the_test_list_without_a_row_are_counted_or_refused(
     names = list(table["image"][table["patient"].isin(patients)])
     put(client, "some.txt", [*names, "a.png", "b.png"])
     xray.select_images(client, parse("--test-list", "some.txt"))
-    assert "2 in no row of the labels" in capsys.readouterr().out
+    assert " 2 have no labels" in capsys.readouterr().out
     put(client, "most.txt", [names[0], *(f"images/{name}" for name in names)])
     error = fails("--test-list", "most.txt")
-    assert f"{len(names)} of {len(names) + 1} images" in error
+    assert f"{len(names)} of {len(names) + 1} images in most.txt, such as images/" in error
     assert f"images/{names[0]}" in error
 
 

@@ -230,7 +230,7 @@ def finished(running: Ingest) -> tuple[int, str]:
     """Exit code, and stderr without the lines of progress."""
     stderr = running.end()
     return running.leader.returncode, "\n".join(
-        line for line in stderr.replace("\r", "\n").splitlines() if "radiographs:" not in line
+        line for line in stderr.replace("\r", "\n").splitlines() if "images:" not in line
     )
 
 

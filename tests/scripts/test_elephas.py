@@ -303,7 +303,7 @@ def test_images_that_cannot_be_made_anew_are_one_line(shared: list, tmp_path: Pa
     assert finished.code == 2
     # Not error_line: Java prints a trace if it was about to write to the executor.
     problem = finished.stdout.splitlines()[-1]
-    assert "images were lost as Spark made an executor's share anew" in problem
+    assert xray.LOST in problem
 
 
 @pytest.mark.slow
@@ -891,14 +891,31 @@ def test_each_image_comes_to_the_hand_whose_turn_it_is() -> None:
 
 def test_unreadable_images_are_marked_in_a_new_table(capsys: pytest.CaptureFixture) -> None:
     splits = ["train"] * 18 + ["validation", "test"]
-    table = pd.DataFrame({"split": splits, "patient": "00000001"})
+    table = pd.DataFrame({"split": splits, "patient": ["00000001"] * 18 + ["2", "3"]})
     arguments = argparse.Namespace(batch_size=4, workers=3)
-    marked = xray.leave_out({4: "not an image"}, table, arguments)
+    marked = xray.leave_out({4: "not an image"}, table, 4)
+    xray.check_shares(marked, arguments)
     assert marked["split"].tolist() == [*splits[:4], "skipped", *splits[5:]]
     assert marked["reason"].tolist() == ["", "", "", "", "not an image", *[""] * 15]
     assert table["split"].tolist() == splits
+    capsys.readouterr()
+    marked = xray.leave_out(dict.fromkeys([0, 1, 2, 3], "not an image"), table, 4)
+    assert "train 14, validation 1, test 1 images of 3 patients" in capsys.readouterr().out
     with pytest.raises(xray.UserError, match="4 unreadable images leave too few for 3 workers"):
-        xray.leave_out(dict.fromkeys(range(4), "not an image"), table, arguments)
+        xray.check_shares(marked, arguments)
+
+
+def test_patients_without_an_image_left_do_not_count(capsys: pytest.CaptureFixture) -> None:
+    table = pd.DataFrame({"split": ["train", "train", "validation", "test"], "patient": [*"1234"]})
+    xray.leave_out({0: "not an image"}, table, 1)
+    assert "of 3 patients" in capsys.readouterr().out
+
+
+def test_an_image_that_two_runs_stored_counts_once() -> None:
+    pixels = np.zeros((3, 4, 4), np.uint8)
+    chunks = [(np.array([5, 1, 7]), pixels), (np.array([1, 5]), pixels[:2])]
+    assert list(xray.count_rows(chunks)) == [3]
+    assert list(xray.count_rows([])) == [0]
 
 
 def parse_elephas(*options: Any) -> argparse.Namespace:

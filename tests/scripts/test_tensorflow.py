@@ -265,6 +265,15 @@ def test_resume_with_other_options(run: Any, begun: Path, fails: Callable, optio
     assert contents(begun) == before
 
 
+def test_resume_of_another_scripts_run(run: Any, fails: Callable, tmp_path: Path) -> None:
+    folder = shutil.copytree(run.folder, tmp_path / "output")
+    config = json.loads((folder / "config.json").read_text())
+    del config["target"]["threads"]
+    (folder / "config.json").write_text(json.dumps({**config, "script": "xray_gpu"}))
+    error = fails(*run.options, "--resume", "--output", folder)
+    assert "is of xray_gpu: resume it with that script" in error
+
+
 def test_resume_with_other_labels(
     run: Any, begun: Path, fails: Callable, credentials: Path
 ) -> None:
@@ -273,7 +282,7 @@ def test_resume_with_other_labels(
     before, data = contents(begun), client.get_object(**where)["Body"].read()
     client.put_object(**where, Body=data.replace(b",Hernia,", b",Mass,"))
     try:
-        assert "other data" in fails(*run.options, "--resume", "--output", begun)
+        assert "other images or labels" in fails(*run.options, "--resume", "--output", begun)
     finally:
         client.put_object(**where, Body=data)
     assert contents(begun) == before
@@ -290,7 +299,7 @@ def test_resume_with_other_images(
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(changed, "PNG")
     client.put_object(**where, Body=changed.getvalue())
     try:
-        assert "other data" in fails(*run.options, "--resume", "--output", begun)
+        assert "other images or labels" in fails(*run.options, "--resume", "--output", begun)
     finally:
         client.put_object(**where, Body=data)
     assert contents(begun) == before
