@@ -507,9 +507,9 @@ def start_processes(
     processes = {}
     # Ctrl-C reaches every process of a terminal. These inherit a mask that blocks it: this one ends
     # them. A thread of NumPy may still get it here: then the handler records it for later.
-    pressed = threading.Event()
-    handler = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    multiprocessing.resource_tracker.ensure_running()  # it would unblock Ctrl-C
+    presses: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: presses.append(number))
+    multiprocessing.resource_tracker.ensure_running()  # its start unblocks Ctrl-C
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     for share in shares:
         pipe, its_end = context.Pipe(duplex=False)
@@ -519,7 +519,7 @@ def start_processes(
         its_end.close()  # now only the process has it: the pipe ends with it
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     signal.signal(signal.SIGINT, handler)
-    if pressed.is_set():
+    if presses:
         raise KeyboardInterrupt  # the processes are daemons: multiprocessing ends them at exit
     return processes
 
