@@ -390,7 +390,7 @@ def spark_error(error: Exception, mode: str) -> Exception:
         return error
     executor_lost = "raise spark.executor.memoryOverhead or spark.executor.memory"
     if mode != SYNCHRONOUS:
-        executor_lost += f", and {resume}, or use --mode {SYNCHRONOUS}"
+        executor_lost += f", or use --mode {SYNCHRONOUS}; {resume}"
     known = {
         "SparkContext was shut down|stopped SparkContext": "the cluster has ended the run (yarn "
         "application -status APPLICATION says why), or Java's heap was full (raise "

@@ -437,7 +437,7 @@ def test_a_node_lost_ends_a_run_that_adds_changes_up(yarn: Yarn, tmp_path: Path,
         finished = spark_submit(yarn, tmp_path, SMALL, options)
     assert finished.returncode == 2, finished.stdout + finished.stderr
     problem = finished.stdout.splitlines()[-1]
-    assert problem.startswith("xray_elephas.py: error: an executor was lost")
+    assert problem.startswith("xray_elephas.py: error: an executor or its Python process died")
     assert "--resume" in problem
     assert "Traceback" not in finished.stdout
     epochs = len(history.read_text().splitlines())  # one more than the kept epochs
@@ -480,7 +480,7 @@ def test_a_container_killed_for_memory_is_one_line(yarn: Yarn, tmp_path: Path) -
     finished = spark_submit(yarn, tmp_path, words, options_of(tmp_path, 1))
     assert finished.returncode == 2, finished.stdout + finished.stderr
     assert finished.stdout.splitlines()[-1].startswith(
-        "xray_elephas.py: error: an executor was lost"
+        "xray_elephas.py: error: an executor or its Python process died"
     )
     assert "spark.executor.memoryOverhead" in finished.stdout.splitlines()[-1]
     assert "Traceback" not in finished.stdout

@@ -518,7 +518,7 @@ def test_an_executor_lost_in_asynchronous_mode_is_an_error_and_the_run_can_be_re
     # Not error_line: this cluster's master is in the driver's JVM, and may end while it replaces
     # the executor, for which Java prints a trace.
     problem = finished.stdout.splitlines()[-1]
-    assert problem.startswith("xray_elephas.py: error: an executor was lost")
+    assert problem.startswith("xray_elephas.py: error: an executor or its Python process died")
     assert "--resume" in problem
     assert not serves(port)
     check_resumed(asynchronous, tmp_path)
@@ -975,7 +975,7 @@ def test_errors_that_the_user_can_fix(java: None) -> None:
         "org.apache.spark.SparkException: Python worker exited unexpectedly (crashed)",
     ):
         assert "--resume" in str(raised(OF_A_TASK, words, "hogwild"))
-        assert str(raised(OF_A_TASK, words)).startswith("an executor was lost")
+        assert str(raised(OF_A_TASK, words)).startswith("an executor or its Python process died")
     diverged = raised(OF_A_TASK, OF_PYTHON.format(f"RuntimeError: {xray.DIVERGED}"), "hogwild")
     assert isinstance(diverged, xray.UserError)
     assert "use a smaller --learning-rate" in str(diverged)
