@@ -116,7 +116,7 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     arguments.image_size = 9
     arguments.workers = 3
     sent = SimpleNamespace(value=pickle.dumps(labels))
-    job = SimpleNamespace(labels=sent, images=30, hands=6, arguments=arguments)
+    job = SimpleNamespace(labels=sent, images=30, partitions=6, arguments=arguments)
     seen: list[int] = []
     sizes: list[int] = []
 
@@ -132,10 +132,10 @@ def test_elephas_workers_draw_as_one_machine_does(monkeypatch: pytest.MonkeyPatc
     layer = SimpleNamespace(seed_generator=SimpleNamespace(state=state))
     model = SimpleNamespace(get_layer=lambda name: layer, fit=fit)
     order = np.random.default_rng(1).permutation(30)
-    hands = dict(xray_elephas.sent([(np.arange(30), pixels)], order, job.hands))
-    assert sorted(hands) == list(range(6))
-    for hand, chunk in sorted(hands.items()):
-        task = SimpleNamespace(partitionId=lambda hand=hand: hand)
+    chunks = dict(xray_elephas.sent([(np.arange(30), pixels)], order, job.partitions))
+    assert sorted(chunks) == list(range(6))
+    for number, chunk in sorted(chunks.items()):
+        task = SimpleNamespace(partitionId=lambda number=number: number)
         monkeypatch.setattr(
             xray_elephas, "TaskContext", SimpleNamespace(get=lambda task=task: task)
         )

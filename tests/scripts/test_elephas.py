@@ -874,18 +874,18 @@ def test_records_become_chunks_of_the_images_that_the_table_has(
     assert [len(array) for array in xray.joined(iter([]), 4)] == [0, 0]
 
 
-def test_each_image_comes_to_the_hand_whose_turn_it_is() -> None:
+def test_each_image_comes_to_the_partition_whose_turn_it_is() -> None:
     """Whichever executors held them."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (100, 4, 4), np.uint8)
     order = random.permutation(np.flatnonzero(np.arange(100) % 3 > 0))
     came: dict[int, list] = {}
     for rows in np.array_split(random.permutation(100), 7):
-        for hand, chunk in xray.sent([(rows, pixels[rows])], order, 4):
-            came.setdefault(hand, []).append(chunk)
-    for hand in range(4):
-        rows, images = xray.joined(came[hand], 4)
-        assert rows.tolist() == sorted(order[hand::4])
+        for partition, chunk in xray.sent([(rows, pixels[rows])], order, 4):
+            came.setdefault(partition, []).append(chunk)
+    for partition in range(4):
+        rows, images = xray.joined(came[partition], 4)
+        assert rows.tolist() == sorted(order[partition::4])
         assert np.array_equal(images, pixels[rows])
 
 
@@ -1093,7 +1093,7 @@ def test_statistics_are_the_means_of_a_workers_batches(
     task = types.SimpleNamespace(partitionId=lambda: 0)
     monkeypatch.setattr(xray, "TaskContext", types.SimpleNamespace(get=lambda: task))
     labels = types.SimpleNamespace(value=pickle.dumps(np.zeros((30, 15), np.float32)))
-    job = types.SimpleNamespace(labels=labels, images=30, hands=1, arguments=arguments)
+    job = types.SimpleNamespace(labels=labels, images=30, partitions=1, arguments=arguments)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32), np.uint8)
     model = xray.build_cnn(arguments, np.zeros((30, 15), np.float32))
     trained = [variable.numpy() for variable in model.trainable_weights]
