@@ -150,7 +150,8 @@ def main() -> None:
         with run.timed("ingest"):
             client = connect(credentials, arguments)
         with run.timed("setup"):
-            import_tensorflow()
+            # The driver only holds weights. TensorFlow would take all memory of a GPU for it.
+            import_tensorflow().config.set_visible_devices([], "GPU")
             if arguments.weights != "none":  # a file that cannot be loaded should fail now
                 build_cnn(arguments, np.zeros((0, len(LABELS)), np.float32))
             session = start_spark(arguments)
