@@ -634,11 +634,9 @@ def fetch_records(
 
 def check_shares(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     """Raise UserError if unreadable images leave a worker no more than a batch."""
-    counts = table["split"].value_counts()
-    if counts["train"] // arguments.workers <= arguments.batch_size:
-        problem = (
-            f"{counts['skipped']} unreadable images leave too few for {arguments.workers} workers"
-        )
+    counts, workers = table["split"].value_counts(), arguments.workers
+    if counts["train"] // workers <= arguments.batch_size:
+        problem = f"{counts['skipped']} unreadable images leave too few for {workers} workers"
         raise UserError(f"{problem}: use fewer --workers")
 
 
@@ -2023,8 +2021,7 @@ class Run:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"config.json of {where} is damaged: start a new run") from None
         if script != self._script:
-            fix = "resume it with that script, or use another --output"
-            raise UserError(f"{where} is of {script}: {fix}")
+            raise UserError(f"{where} is of {script}: use that script, or another --output")
         wanted = {**{name: options[name] for name in DECISIVE}, **target}
         for name, value in wanted.items():
             if had.get(name) != value:

@@ -1298,8 +1298,7 @@ class Run:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"config.json of {where} is damaged: start a new run") from None
         if script != self._script:
-            fix = "resume it with that script, or use another --output"
-            raise UserError(f"{where} is of {script}: {fix}")
+            raise UserError(f"{where} is of {script}: use that script, or another --output")
         wanted = {**{name: options[name] for name in DECISIVE}, **target}
         for name, value in wanted.items():
             if had.get(name) != value:

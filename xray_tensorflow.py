@@ -8,8 +8,7 @@ The script is self-contained. It reads NIH ChestX-ray14's label CSV and PNGs fro
 them by patient, trains MobileNet on the 15 labels and writes history, predictions, metrics,
 model.keras and report.png to runs/, and to S3 with `--output s3://BUCKET/PREFIX`. The last line on
 stdout is the result as JSON. To continue an interrupted run, repeat its options with `--resume
---output ITS_FOLDER`. To try it without a bucket: `python tests/sample_bucket.py
-xray_tensorflow.py`.
+--output ITS_FOLDER`. Without a bucket: `python tests/sample_bucket.py xray_tensorflow.py`.
 
 Its siblings: xray_gpu.py trains on GPUs, xray_elephas.py on Spark through Elephas. The code for the
 target comes first; data, split, CNN, metrics and clock follow, the same code in all three. This
@@ -1090,8 +1089,7 @@ class Run:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"config.json of {where} is damaged: start a new run") from None
         if script != self._script:
-            fix = "resume it with that script, or use another --output"
-            raise UserError(f"{where} is of {script}: {fix}")
+            raise UserError(f"{where} is of {script}: use that script, or another --output")
         wanted = {**{name: options[name] for name in DECISIVE}, **target}
         for name, value in wanted.items():
             if had.get(name) != value:

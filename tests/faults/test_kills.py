@@ -319,14 +319,8 @@ def test_a_full_cache_disk(unbroken: Unbroken, disk: Callable, tmp_path: Path) -
 
 # The disk fills at config.json; at the first checkpoint, of 6.6 MB; at the second, which needs room
 # next to the first.
-@pytest.mark.parametrize(
-    ("size", "epochs"),
-    [
-        pytest.param("4k", 0, marks=pytest.mark.slow),
-        pytest.param("3m", 0, marks=pytest.mark.slow),
-        ("10m", 1),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "epochs"), [("4k", 0), ("3m", 0), ("10m", 1)])
 def test_a_full_output_disk(
     unbroken: Unbroken, disk: Callable, tmp_path: Path, size: str, epochs: int
 ) -> None:

@@ -889,7 +889,7 @@ def test_each_image_comes_to_the_partition_whose_turn_it_is() -> None:
         assert np.array_equal(images, pixels[rows])
 
 
-def test_unreadable_images_are_marked_in_a_new_table(capsys: pytest.CaptureFixture) -> None:
+def test_unreadable_images_are_marked_in_a_new_table() -> None:
     splits = ["train"] * 18 + ["validation", "test"]
     table = pd.DataFrame({"split": splits, "patient": ["00000001"] * 18 + ["2", "3"]})
     arguments = argparse.Namespace(batch_size=4, workers=3)
@@ -898,9 +898,7 @@ def test_unreadable_images_are_marked_in_a_new_table(capsys: pytest.CaptureFixtu
     assert marked["split"].tolist() == [*splits[:4], "skipped", *splits[5:]]
     assert marked["reason"].tolist() == ["", "", "", "", "not an image", *[""] * 15]
     assert table["split"].tolist() == splits
-    capsys.readouterr()
-    marked = xray.leave_out(dict.fromkeys([0, 1, 2, 3], "not an image"), table, 4)
-    assert "train 14, validation 1, test 1 images of 3 patients" in capsys.readouterr().out
+    marked = xray.leave_out(dict.fromkeys(range(4), "not an image"), table, 4)
     with pytest.raises(xray.UserError, match="4 unreadable images leave too few for 3 workers"):
         xray.check_shares(marked, arguments)
 

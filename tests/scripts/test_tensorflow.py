@@ -271,7 +271,7 @@ def test_resume_of_another_scripts_run(run: Any, fails: Callable, tmp_path: Path
     del config["target"]["threads"]
     (folder / "config.json").write_text(json.dumps({**config, "script": "xray_gpu"}))
     error = fails(*run.options, "--resume", "--output", folder)
-    assert "is of xray_gpu: resume it with that script" in error
+    assert "is of xray_gpu: use that script" in error
 
 
 def test_resume_with_other_labels(
