@@ -111,7 +111,9 @@ def test_a_short_run_from_scratch_moves_the_statistics(keras: Any, truth: np.nda
 
 
 # With 40 pixels the sides before strided convolutions are 40, 20, 10 and 5.
-@pytest.mark.parametrize(("size", "padded"), [(32, False), (40, True)])
+@pytest.mark.parametrize(
+    ("size", "padded"), [pytest.param(32, False, marks=pytest.mark.slow), (40, True)]
+)
 def test_what_is_computed_is_what_keras_computes(
     keras: Any, truth: np.ndarray, tmp_path: Path, size: int, padded: bool
 ) -> None:

@@ -46,12 +46,12 @@ def shell(command: str, folder: Path, **environment: str) -> subprocess.Complete
 @pytest.mark.parametrize(
     "streams",
     [
-        ">&-",
-        "2>&-",
+        pytest.param(">&-", marks=pytest.mark.slow),
+        pytest.param("2>&-", marks=pytest.mark.slow),
         "<&- >&- 2>&-",
-        ">/dev/full 2>/dev/full",
+        pytest.param(">/dev/full 2>/dev/full", marks=pytest.mark.slow),
         "2>&1 | head -n 5",
-        "2> >(head -n 1 >&2) | true",
+        pytest.param("2> >(head -n 1 >&2) | true", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_outlives_who_reads_it(streams: str, tmp_path: Path) -> None:
@@ -65,7 +65,14 @@ def test_a_run_outlives_who_reads_it(streams: str, tmp_path: Path) -> None:
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
-@pytest.mark.parametrize("environment", [ASCII, {"PYTHONIOENCODING": "ascii"}, {}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        ASCII,
+        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+)
 def test_text_that_the_terminal_cannot_show_is_escaped(environment: dict, tmp_path: Path) -> None:
     ended = shell(r"run $'Lunge-\xff-\u00e4\u80ba'", tmp_path, **environment)
     assert ended.returncode == 0, ended.stderr
